@@ -1,0 +1,75 @@
+"""Typed settings: what may stand in a store's `config.toml`, with defaults. Stdlib only; knows no files.
+
+Unknown keys are refused with the nearest valid one: a typo must not silently mean the default.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from llmos_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class GcConfig:
+    """`grace_hours`: age before unreachable data is trashed, and again before it is unlinked. `keep_days`: how long a
+    ref's earlier values stay reachable."""
+
+    grace_hours: float = 24.0
+    keep_days: float = 14.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """`remotes` maps a remote's name to its URL."""
+
+    gc: GcConfig = field(default_factory=GcConfig)
+    remotes: Mapping[str, str] = field(default_factory=dict)
+
+
+def parse_config(text: str, where: str) -> Config:
+    """Read `config.toml`; raises UsageError naming `where` and the key."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise UsageError(f"{where} is not valid TOML: {exc}") from exc
+    _known(table, ("gc", "remotes"), where)
+    gc = _section(table, "gc", where)
+    _known(gc, [item.name for item in fields(GcConfig)], f"{where} [gc]")
+    for key, value in gc.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
+            raise UsageError(f"{where} [gc] {key} must be a number of at least 0")
+    remotes = _section(table, "remotes", where)
+    for name, url in remotes.items():
+        if not isinstance(url, str) or not url:
+            raise UsageError(f"{where} [remotes] {name} must be a URL")
+    return Config(GcConfig(**{key: float(value) for key, value in gc.items()}), remotes)
+
+
+def render_config(config: Config) -> str:
+    """The text of a `config.toml` that reads back as `config`."""
+    lines = ["[gc]", f"grace_hours = {config.gc.grace_hours}", f"keep_days = {config.gc.keep_days}", "", "[remotes]"]
+    lines += [f"{_quote(name)} = {_quote(url)}" for name, url in sorted(config.remotes.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _known(table: Mapping[str, Any], valid: Any, where: str) -> None:
+    for key in table:
+        if key not in valid:
+            near = difflib.get_close_matches(key, list(valid), 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+            raise UsageError(f"{where} has the unknown key {key!r}", hint=hint)
+
+
+def _section(table: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = table.get(key, {})
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: {key!r} must be a table")
+    return value
+
+
+def _quote(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in escaped) + '"'

@@ -1,0 +1,218 @@
+"""Lossless codecs of a chunk: raw, zstd, planes. The one place that compresses.
+
+`planes` is for tensors: the words of a chunk are split into byte planes, so that the bytes that repeat (the exponents
+of floats) stand together; a float's word is first rotated left by one, which moves the sign out of the exponent's
+byte (the same trick as ZipNN, arXiv:2411.05239, and DFloat11, arXiv:2504.11651). Each plane is stored raw or as a
+zstd frame that is little more than a Huffman coder: no preset level is as small or as fast on exponents.
+
+Decoding never trusts a size: what a zstd frame declares is compared with what the frame header promises before
+anything is allocated (python-zstandard ignores `max_output_size` when the frame declares its own).
+"""
+
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from llmos_cli.errors import Damaged, UnknownVersion
+from llmos_cli.formats import limits
+from llmos_cli.formats.ids import Buffer
+
+RAW: Final = 0
+ZSTD: Final = 1
+PLANES: Final = 2
+DELTA: Final = 3
+CODEC_NAMES: Final = {RAW: "raw", ZSTD: "zstd", PLANES: "planes", DELTA: "delta"}
+
+_PLANE = struct.Struct("<B3xI")  # method (0 raw, 1 zstd), stored bytes
+_WORTH: Final = 0.97  # a codec must save 3 % to be used
+_MIN_BYTES: Final = 64  # below this nothing is tried
+_PROBE_BYTES: Final = 16 * limits.KiB
+_HUFFMAN = {"window_log": 19, "hash_log": 6, "min_match": 7, "target_length": 0}
+_UNSIGNED: Final[dict[int, type[np.unsignedinteger]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a chunk's bytes are to be read: element width in bytes, and whether the elements are floats."""
+
+    width: int = 1
+    is_float: bool = False
+
+
+OPAQUE: Final = Words(0)  # no tensor: text, JSON, anything
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A payload in parts, to be written one after the other, and the codec fields of its frame header."""
+
+    codec: int
+    width: int
+    rotated: bool
+    parts: Sequence[Buffer]
+
+    @property
+    def size(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+
+class _Contexts(threading.local):
+    """zstd contexts are not thread-safe and cost memory to make: one set a thread."""
+
+    def __init__(self) -> None:
+        huffman = zstandard.ZstdCompressionParameters(strategy=zstandard.STRATEGY_FAST, **_HUFFMAN)
+        self.huffman = zstandard.ZstdCompressor(compression_params=huffman)
+        self.text = zstandard.ZstdCompressor(level=3)
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << limits.ZSTD_WINDOW_LOG)
+
+
+_contexts = _Contexts()
+
+
+def encode(plain: memoryview, words: Words) -> Encoded:
+    """Pick the smallest codec by probing, never larger than raw; `plain` is bytes ("B" format)."""
+    raw = Encoded(RAW, 0, False, (plain,))
+    if len(plain) < _MIN_BYTES:
+        return raw
+    if words.width == 0:
+        return _zstd_or(raw, plain)
+    if words.width > 1 and not words.is_float and not _planes_beat_zstd(plain, words):
+        return _zstd_or(raw, plain)
+    candidate = _planes(plain, words)
+    return candidate if candidate.size < _WORTH * len(plain) else raw
+
+
+def decode(codec: int, width: int, rotated: bool, payload: memoryview, out: memoryview) -> None:
+    """Fill `out`, whose length is the promised plain size, from a payload; raises Damaged unless they fit exactly."""
+    if codec == RAW:
+        if len(payload) != len(out):
+            raise Damaged(f"a raw payload has {len(payload)} bytes, its frame promises {len(out)}")
+        out[:] = payload
+    elif codec == ZSTD:
+        out[:] = _decompress(payload, len(out))
+    elif codec == PLANES:
+        _join_planes(width, rotated, payload, out)
+    else:
+        raise UnknownVersion(f"codec {codec} is unknown", hint="use a newer llmos")
+
+
+def _zstd_or(raw: Encoded, plain: memoryview) -> Encoded:
+    if len(plain) > 4 * _PROBE_BYTES:
+        middle = len(plain) // 2
+        sample = plain[middle : middle + 2 * _PROBE_BYTES]
+        if len(_contexts.text.compress(sample)) > 0.98 * len(sample):
+            return raw
+    packed = _contexts.text.compress(plain)
+    return Encoded(ZSTD, 0, False, (packed,)) if len(packed) < _WORTH * len(plain) else raw
+
+
+def _planes_beat_zstd(plain: memoryview, words: Words) -> bool:
+    size = min(len(plain), 64 * limits.KiB) // words.width * words.width
+    return _planes(plain[:size], words).size < len(_contexts.text.compress(plain[:size]))
+
+
+def _planes(plain: memoryview, words: Words) -> Encoded:
+    count = len(plain) // words.width
+    rotated = words.is_float and words.width > 1
+    table, parts = [], []
+    for plane in _split(np.frombuffer(plain, _UNSIGNED[words.width], count), words.width, rotated):
+        packed = _pack_plane(plane)
+        table.append(_PLANE.pack(packed is not None, len(plane) if packed is None else len(packed)))
+        parts.append(plane.data if packed is None else packed)
+    return Encoded(PLANES, words.width, rotated, (b"".join(table), *parts, plain[count * words.width :]))
+
+
+def _pack_plane(plane: Bytes) -> bytes | None:
+    if len(plane) > 2 * _PROBE_BYTES:
+        middle = len(plane) // 2
+        sample = plane[middle : middle + _PROBE_BYTES]
+        if len(_contexts.huffman.compress(sample.data)) > _WORTH * len(sample):
+            return None
+    packed = _contexts.huffman.compress(plane.data)
+    return packed if len(packed) < _WORTH * len(plane) else None
+
+
+def _split(words: npt.NDArray[np.unsignedinteger], width: int, rotated: bool) -> list[Bytes]:
+    """Byte planes, most significant first; numpy's shift-and-narrow is twice as fast as a strided copy."""
+    if width == 1:
+        return [words.view(np.uint8)]
+    bits = 8 * width
+    planes = []
+    for plane in range(width):
+        shift = bits - 8 * (plane + 1) - rotated
+        if shift >= 0:
+            planes.append((words >> words.dtype.type(shift)).astype(np.uint8))
+        else:  # the lowest plane of a rotated word: its last bit is the sign
+            planes.append(((words << words.dtype.type(1)) | (words >> words.dtype.type(bits - 1))).astype(np.uint8))
+    return planes
+
+
+def _join_planes(width: int, rotated: bool, payload: memoryview, out: memoryview) -> None:
+    if width not in _UNSIGNED or (rotated and width == 1):
+        raise Damaged(f"planes of width {width} are unknown")
+    count = len(out) // width
+    tail = len(out) - count * width
+    at = _PLANE.size * width
+    if len(payload) < at + tail:
+        raise Damaged("a planes payload is shorter than its table")
+    planes = []
+    for plane in range(width):
+        method, size = _PLANE.unpack_from(payload, _PLANE.size * plane)
+        data = payload[at : at + size]
+        at += size
+        if method not in (0, 1) or any(payload[_PLANE.size * plane + 1 : _PLANE.size * plane + 4]):
+            raise Damaged(f"plane method {method} is unknown")
+        if len(data) != size or (method == 0 and size != count):
+            raise Damaged("a plane does not have the size its frame promises")
+        planes.append(np.frombuffer(_decompress(data, count) if method else data, np.uint8, count))
+    if len(payload) != at + tail:
+        raise Damaged("a planes payload has bytes after its last plane")
+    _merge(planes, width, rotated, np.frombuffer(out[: count * width], _UNSIGNED[width]))
+    out[count * width :] = payload[at:]
+
+
+def _merge(planes: list[Bytes], width: int, rotated: bool, out: npt.NDArray[np.unsignedinteger]) -> None:
+    """The inverse of `_split`, written into `out`; works in place to stay within the cache of one chunk."""
+    if width == 1:
+        out[:] = planes[0]
+        return
+    kind = out.dtype.type
+    bits = 8 * width
+    np.copyto(out, planes[0])
+    for plane in planes[1:-1]:
+        out <<= kind(8)
+        out |= plane
+    if not rotated:
+        out <<= kind(8)
+        out |= planes[-1]
+        return
+    out <<= kind(7)
+    out |= planes[-1] >> 1
+    sign = planes[-1].astype(out.dtype)
+    sign <<= kind(bits - 1)
+    out |= sign
+
+
+def _decompress(data: memoryview, size: int) -> bytes:
+    try:
+        frame = zstandard.get_frame_parameters(data)
+        if frame.content_size != size or not size:
+            raise Damaged(f"a zstd frame declares {frame.content_size} bytes, its header promises {size}")
+        if frame.window_size > max(size, 1 << limits.ZSTD_WINDOW_LOG):
+            raise Damaged(f"a zstd frame asks for a window of {frame.window_size} bytes")
+        plain = _contexts.decompressor.decompress(data, max_output_size=size, allow_extra_data=False)
+    except zstandard.ZstdError as exc:
+        raise Damaged(f"a zstd frame cannot be read: {exc}") from exc
+    except MemoryError as exc:
+        raise Damaged("a zstd frame asks for more memory than there is") from exc
+    if len(plain) != size:
+        raise Damaged(f"a zstd frame gave {len(plain)} bytes instead of {size}")
+    return plain

@@ -1,0 +1,106 @@
+"""Bringing files into the store: what is to be added and as what, then adding it."""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmos_cli.errors import Damaged, Unsafe, UsageError, from_os_error
+from llmos_cli.formats.manifest import Manifest
+from llmos_cli.formats.names import RefName, check_paths
+from llmos_cli.formats.safetensors import read_shard_index
+from llmos_cli.progress import Progress
+from llmos_cli.store.handle import Store
+from llmos_cli.store.transaction import Commit, begin
+
+
+@dataclass(frozen=True)
+class AddPlan:
+    """`files` are (name in the store, path); `skipped` are (path, reason): links, fifos and devices in a folder."""
+
+    kind: str
+    files: tuple[tuple[str, Path], ...]
+    total_bytes: int
+    skipped: tuple[tuple[str, str], ...]
+
+
+def plan_add(paths: Sequence[Path]) -> AddPlan:
+    """Decide what `add` would store. A folder's files keep their paths inside it; single files keep their names.
+
+    Raises NotFound, AccessDenied, UsageError (nothing to add) or Unsafe (a name no system can hold, or two that
+    collide), before anything is read.
+    """
+    files: list[tuple[str, Path]] = []
+    skipped: list[tuple[str, str]] = []
+    for path in paths:
+        try:
+            mode = path.stat().st_mode
+        except OSError as exc:
+            raise from_os_error(exc, f"looking at {path}") from exc
+        if stat.S_ISDIR(mode):
+            files.extend(_walk(path, skipped))
+        elif stat.S_ISREG(mode):
+            files.append((path.name, path))
+        else:
+            raise Unsafe(f"{path} is not a regular file or folder")
+    if not files:
+        raise UsageError(f"nothing to add in {', '.join(str(path) for path in paths)}")
+    files.sort()
+    check_paths(name for name, _ in files)
+    for _, path in files:
+        if not os.access(path, os.R_OK):
+            raise from_os_error(PermissionError(13, "Permission denied"), f"reading {path}")
+    total = sum(path.stat().st_size for _, path in files)
+    kind = _kind(dict(files))
+    return AddPlan(kind, tuple(files), total, tuple(skipped))
+
+
+def execute_add(store: Store, plan: AddPlan, ref: RefName, progress: Progress) -> Commit:
+    """Store the planned files as one manifest under `ref`."""
+    for path, reason in plan.skipped:
+        progress.warn(f"skipped {path}: {reason}")
+    with begin(store, purpose="adding", ref=ref, progress=progress, total=plan.total_bytes) as tx:
+        entries = tuple(tx.add_path(name, path) for name, path in plan.files)
+        count = f"{len(entries)} files" if len(entries) > 1 else entries[0].path
+        return tx.commit(Manifest(plan.kind, entries), message=f"add {count}")
+
+
+def _walk(root: Path, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, Path]]:
+    try:
+        with os.scandir(root) as listing:
+            children = sorted(listing, key=lambda child: child.name)
+    except OSError as exc:
+        raise from_os_error(exc, f"listing {root}") from exc
+    for child in children:
+        path = Path(child.path)
+        if child.is_symlink():
+            target = path.resolve()
+            # Hugging Face caches hold links to blobs: a link to a plain file is that file, by its own name
+            if target.is_file() and stat.S_ISREG(target.stat().st_mode) and target.parent.name == "blobs":
+                yield child.name, path
+            else:
+                skipped.append((str(path), "a symbolic link"))
+        elif child.is_dir(follow_symlinks=False):
+            if child.name in (".git", ".llmos", "__pycache__"):
+                skipped.append((str(path), f"a {child.name} folder"))
+                continue
+            for name, found in _walk(path, skipped):
+                yield f"{child.name}/{name}", found
+        elif child.is_file(follow_symlinks=False):
+            yield child.name, path
+        else:
+            skipped.append((str(path), "not a regular file"))
+
+
+def _kind(files: dict[str, Path]) -> str:
+    """A Hugging Face model folder is a model; a tokenizer by itself a tokenizer; anything else files."""
+    if "config.json" in files and any(name.endswith(".safetensors") for name in files):
+        index = "model.safetensors.index.json"
+        if index in files:
+            named = set(read_shard_index(files[index].read_bytes(), str(files[index])).values())
+            missing = sorted(named - files.keys())
+            if missing:
+                raise Damaged(f"{files[index]} names {missing[0]!r}, which is not in the folder")
+        return "model"
+    return "tokenizer" if "tokenizer.json" in files else "files"

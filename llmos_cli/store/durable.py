@@ -1,0 +1,287 @@
+"""The one owner of everything that makes a change on disk permanent: fsync, rename, link, unlink, create.
+
+Every function is one durable step: when it returns, the step survives a crash; when it raises, nothing is visible.
+It knows nothing of packs, refs or objects. An fsync that fails is never retried on the same file: the kernel has
+already marked the lost pages clean (ATC'20, "Can Applications Recover from fsync Failures?").
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
+
+from llmos_cli.errors import LlmosError, Unsafe, from_os_error
+from llmos_cli.formats.ids import Buffer
+
+TEMP_PREFIX = ".tmp-"
+
+
+def temp_path(folder: Path) -> Path:
+    """A fresh name in `folder`, unique across processes and hosts."""
+    return folder / f"{TEMP_PREFIX}{uuid4().hex}"
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Create `path` (it must not exist), hand it out for writing, make its bytes durable; on any error remove it."""
+    with _reporting(f"writing {path}"):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            with os.fdopen(fd, "wb", buffering=0) as file:
+                yield file
+                os.fsync(fd)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+
+
+def write_all(file: BinaryIO, *parts: Buffer) -> None:
+    """Write buffers one after the other with few system calls; loops over short writes."""
+    waiting = [memoryview(part).cast("B") for part in parts if len(part)]
+    while waiting:
+        written = os.writev(file.fileno(), waiting[:64])
+        while waiting and written >= len(waiting[0]):
+            written -= len(waiting.pop(0))
+        if written:
+            waiting[0] = waiting[0][written:]
+
+
+def publish(temp: Path, target: Path, *, mode: int | None = None) -> None:
+    """Give a durable temporary file its final name (replacing what is there) and make the name durable."""
+    with _reporting(f"publishing {target}"):
+        if mode is not None:
+            os.chmod(temp, mode)
+        os.replace(temp, target)
+        _sync_folder(target.parent)
+
+
+def publish_new(temp: Path, target: Path) -> bool:
+    """Give a durable temporary file its final name only if nobody has it: exactly one of many racers gets True.
+
+    link(2) is the one exclusive create that also holds on NFS; the temporary name goes away in either case.
+    """
+    with _reporting(f"publishing {target}"):
+        try:
+            os.link(temp, target)
+            won = True
+        except FileExistsError:
+            won = False
+        except OSError as exc:
+            if exc.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+            won = _create_exclusively(temp, target)
+        if won:
+            _sync_folder(target.parent)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temp)
+        return won
+
+
+def write_file(path: Path, data: Buffer) -> None:
+    """Replace `path` by `data` as a whole."""
+    temp = temp_path(path.parent)
+    with new_file(temp) as file:
+        write_all(file, data)
+    try:
+        publish(temp, path)
+    except BaseException:
+        remove(temp)
+        raise
+
+
+def write_volatile(path: Path, data: Buffer) -> None:
+    """Replace `path` as a whole, but let a power loss forget it: for leases, which no reboot outlives."""
+    temp = temp_path(path.parent)
+    with _reporting(f"writing {path}"):
+        temp.write_bytes(data)
+        os.replace(temp, path)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents; each new name is durable."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    with _reporting(f"creating {missing[0] if missing else path}"):
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder)
+            _sync_folder(folder.parent)
+
+
+def move(source: Path, target: Path) -> bool:
+    """Rename a file or folder durably; False if the source is gone (somebody else moved it first)."""
+    with _reporting(f"moving {source}"):
+        try:
+            os.rename(source, target)
+        except FileNotFoundError:
+            if source.exists():
+                raise
+            return False
+        _sync_folder(target.parent)
+        _sync_folder(source.parent)
+        return True
+
+
+def remove(path: Path) -> bool:
+    """Unlink a file; False if it was gone already."""
+    with _reporting(f"removing {path}"):
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def remove_empty_folder(path: Path) -> None:
+    """Remove a folder if nothing is in it."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Unlink a folder and all below it; never follows a symbolic link."""
+    with _reporting(f"removing {path}"):
+        for folder, subfolders, files in os.walk(path, topdown=False):
+            for name in files:
+                os.unlink(os.path.join(folder, name))
+            for name in subfolders:
+                child = os.path.join(folder, name)
+                if os.path.islink(child):
+                    os.unlink(child)
+                else:
+                    os.rmdir(child)
+        os.rmdir(path)
+
+
+def touch(path: Path) -> None:
+    """Set a file's time to now: somebody needs it."""
+    with contextlib.suppress(FileNotFoundError), _reporting(f"touching {path}"):
+        os.utime(path)
+
+
+def flush(fd: int) -> None:
+    """Start getting a file's bytes to the disk before it is complete, so that the last fsync has little left to do."""
+    with _reporting("flushing a file"):
+        os.fdatasync(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    with _reporting(f"syncing {path}"):
+        _sync_folder(path)
+
+
+class Destination:
+    """A folder to write files into and never outside of: every step down is opened without following links."""
+
+    def __init__(self, root: Path) -> None:
+        make_folder(root)
+        self.root = root
+        with _reporting(f"opening {root}"):
+            self._folders: dict[str, int] = {"": os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)}
+
+    def __enter__(self) -> "Destination":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._folders.values():
+            os.close(fd)
+        self._folders.clear()
+
+    def kind(self, path: str) -> str | None:
+        """What is at a relative path: None, "file", or "other" (a folder, a link, a device)."""
+        folder, name = self._open_parent(path, create=False)
+        if folder is None:
+            return None
+        try:
+            mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return None
+        return "file" if stat.S_ISREG(mode) else "other"
+
+    @contextlib.contextmanager
+    def replace(self, path: str) -> Iterator[int]:
+        """Hand out a descriptor for new bytes; when they are complete and durable, `path` changes to them."""
+        with _reporting(f"writing {self.root / path}"):
+            folder, name = self._open_parent(path, create=True)
+            assert folder is not None
+            temp = f"{TEMP_PREFIX}{uuid4().hex}"
+            fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
+            try:
+                try:
+                    yield fd
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                os.rename(temp, name, src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temp, dir_fd=folder)
+                raise
+
+    def sync(self) -> None:
+        """Make the names in every folder that was written to durable."""
+        with _reporting(f"syncing {self.root}"):
+            for fd in self._folders.values():
+                os.fsync(fd)
+
+    def _open_parent(self, path: str, *, create: bool) -> tuple[int | None, str]:
+        *parts, name = path.split("/")
+        at = ""
+        for part in parts:
+            parent, at = self._folders[at], f"{at}/{part}" if at else part
+            if at in self._folders:
+                continue
+            try:
+                if create:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=parent)
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._folders[at] = os.open(part, flags, dir_fd=parent)
+            except FileNotFoundError:
+                return None, name
+            except OSError as exc:
+                if exc.errno in (errno.ELOOP, errno.ENOTDIR):
+                    raise Unsafe(f"{self.root / at} is not a folder: refusing to write through it") from exc
+                raise
+        return self._folders[at], name
+
+
+def _create_exclusively(temp: Path, target: Path) -> bool:
+    """For file systems without hard links: O_EXCL, then the bytes. A crash in between leaves an entry that its own
+    checksum refuses."""
+    try:
+        with new_file(target) as file:
+            write_all(file, temp.read_bytes())
+    except FileExistsError:
+        return False
+    return True
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _reporting(what: str) -> Iterator[None]:
+    """Turn an OSError into the error a user can act on; FileExistsError stays, callers decide on it."""
+    try:
+        yield
+    except (FileExistsError, LlmosError):
+        raise
+    except OSError as exc:
+        raise from_os_error(exc, what) from exc

@@ -1,0 +1,41 @@
+"""The handle of an open store: where its parts lie, its settings, its index.
+
+Every function of the store takes it first.
+"""
+
+from pathlib import Path
+from types import TracebackType
+
+from llmos_cli.config import Config
+from llmos_cli.formats.ids import ObjectId
+from llmos_cli.formats.layout import PACKS, REFS, pack_key
+from llmos_cli.progress import Progress
+from llmos_cli.store.index import Index
+
+
+class Store:
+    """An open store; a context manager."""
+
+    def __init__(self, root: Path, config: Config, progress: Progress) -> None:
+        self.root = root
+        self.config = config
+        self.progress = progress
+        self.packs = root / PACKS
+        self.refs = root / REFS
+        self.logs = root / "logs"
+        self.leases = root / "leases"
+        self.trash = root / "trash"
+        self.tmp = root / "tmp"
+        self.index = Index(root / "index.db")
+
+    def pack_path(self, name: ObjectId) -> Path:
+        return self.root / pack_key(name)
+
+    def close(self) -> None:
+        self.index.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,59 @@
+"""Who this process is: the user and host shown in a ref's log, the process identity that a lease is checked by."""
+
+import contextlib
+import getpass
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """A process beyond doubt: its number alone may be reused, together with its start time and the boot it is not."""
+
+    host: str
+    boot: str
+    pid: int
+    started: str
+
+
+def who_am_i() -> str:
+    """`user@host`."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def this_process() -> ProcessIdentity:
+    return ProcessIdentity(socket.gethostname(), _boot_id(), os.getpid(), _start_time(os.getpid()))
+
+
+def is_alive(process: ProcessIdentity) -> bool | None:
+    """Whether the process still runs; None if it belongs to another host and cannot be asked."""
+    if process.host != socket.gethostname():
+        return None
+    if process.boot != _boot_id():
+        return False
+    try:
+        os.kill(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return _start_time(process.pid) == process.started
+
+
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _start_time(pid: int) -> str:
+    """Clock ticks since boot at which a process started; empty where /proc does not say."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""

@@ -1,0 +1,202 @@
+"""From a file's bytes to chunks: where to cut, what the bytes are. Tensors are cut at their boundaries, all else by
+content (FastCDC), so that a renamed, re-sharded or edited file finds its parts again.
+
+Never holds a file in memory: opaque files pass through a window of a few chunks, tensors are read chunk by chunk.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from llmos_cli.errors import Damaged, LlmosError, Unsafe, from_os_error
+from llmos_cli.formats import limits
+from llmos_cli.formats.codec import OPAQUE, Words
+from llmos_cli.formats.ids import Buffer
+from llmos_cli.formats.manifest import Chunk, FileEntry
+from llmos_cli.formats.names import check_path
+from llmos_cli.formats.safetensors import check_tensor_name, encode_header, read_table, tensor_bytes, words_of
+from llmos_cli.progress import Task
+from llmos_cli.store.pipeline import Pipeline
+
+# FastCDC sizes for files without tensors (minimum, average, maximum): small enough that an edit costs little
+CDC_BYTES: Final = (256 * limits.KiB, 1 * limits.MiB, limits.CHUNK_BYTES)
+_WINDOW_BYTES: Final = 4 * limits.CHUNK_BYTES
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to store: dtype by its safetensors name ("BF16"), shape, and its little-endian bytes when asked."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Callable[[], Buffer]
+
+
+def put_path(pipeline: Pipeline, name: str, path: Path, task: Task) -> FileEntry:
+    """Store a regular file; raises Damaged for a broken safetensors file, LlmosError if it changes while it is read."""
+    check_path(name)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a fifo must not hang us
+    except OSError as exc:
+        raise from_os_error(exc, f"reading {path}") from exc
+    try:
+        before = os.fstat(fd)
+        if not stat.S_ISREG(before.st_mode):
+            raise Unsafe(f"{path} is not a regular file")
+
+        def read(start: int, end: int) -> bytes:
+            return _pread(fd, start, end, path)
+
+        sink = _Sink(pipeline, task, [])
+        for start, end, words in _cuts(name, path, before.st_size, read):
+            sink.put(start, end, words, _filler(fd, path))
+        entry = sink.entry(name)
+        after = os.fstat(fd)
+    finally:
+        os.close(fd)
+    unchanged = (before.st_size, before.st_mtime_ns, before.st_ino) == (after.st_size, after.st_mtime_ns, after.st_ino)
+    if not unchanged or entry.size != before.st_size:
+        raise LlmosError(f"{path} changed while it was read", hint="run the command again when nothing writes to it")
+    return entry
+
+
+def put_stream(pipeline: Pipeline, name: str, stream: BinaryIO, task: Task) -> FileEntry:
+    """Store what a stream gives, cut by content."""
+    check_path(name)
+    sink = _Sink(pipeline, task, [])
+    window = bytearray()
+    at_end = False
+    while not at_end or window:
+        while not at_end and len(window) < _WINDOW_BYTES:
+            block = stream.read(_WINDOW_BYTES - len(window))
+            at_end = not block
+            window += block
+        used = 0
+        for cut in _cdc_cuts(bytes(window), final=at_end):
+            sink.put(used, cut, OPAQUE, _copier(bytes(window[used:cut]), used))
+            used = cut
+        del window[:used]
+    return sink.entry(name)
+
+
+def put_tensors(
+    pipeline: Pipeline, name: str, tensors: Sequence[Tensor], metadata: dict[str, str], task: Task
+) -> FileEntry:
+    """Store a safetensors file made of `tensors` in this order; each one's bytes are asked for when its turn comes."""
+    check_path(name)
+    for tensor in tensors:
+        check_tensor_name(tensor.name, name)
+    header = encode_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], metadata)
+    sink = _Sink(pipeline, task, [])
+    for start, end in _grid(0, len(header)):
+        sink.put(start, end, OPAQUE, _copier(header, 0))
+    for tensor in tensors:
+        data = memoryview(tensor.data()).cast("B")
+        expected = tensor_bytes(tensor.dtype, tensor.shape, tensor.name)
+        if len(data) != expected:
+            raise ValueError(f"tensor {tensor.name!r} gave {len(data)} bytes instead of {expected}")
+        words = words_of(tensor.dtype)
+        for start, end in _grid(0, len(data)):
+            sink.put(start, end, words, _copier(data, 0))
+        pipeline.drain()  # the tensor's memory is the caller's again
+    return sink.entry(name)
+
+
+@dataclass(frozen=True)
+class _Sink:
+    """Where the chunks of one file go, in order."""
+
+    pipeline: Pipeline
+    task: Task
+    chunks: list[Chunk]
+
+    def put(self, start: int, end: int, words: Words, fill_from: Callable[[int, memoryview], None]) -> None:
+        self.pipeline.put(end - start, words, lambda out: fill_from(start, out), self._done)
+
+    def _done(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+        self.task.advance(chunk.size)
+
+    def entry(self, name: str) -> FileEntry:
+        self.pipeline.drain()
+        return FileEntry(name, tuple(self.chunks))
+
+
+def _filler(fd: int, path: Path) -> Callable[[int, memoryview], None]:
+    def fill(start: int, out: memoryview) -> None:
+        got = 0
+        try:
+            while got < len(out):
+                count = os.preadv(fd, [out[got:]], start + got)
+                if count == 0:
+                    raise LlmosError(f"{path} became shorter while it was read", hint="run the command again")
+                got += count
+        except OSError as exc:
+            raise from_os_error(exc, f"reading {path} at byte {start + got}") from exc
+
+    return fill
+
+
+def _copier(data: Buffer, origin: int) -> Callable[[int, memoryview], None]:
+    view = memoryview(data)
+
+    def fill(start: int, out: memoryview) -> None:
+        out[:] = view[start - origin : start - origin + len(out)]
+
+    return fill
+
+
+def _pread(fd: int, start: int, end: int, path: Path) -> bytes:
+    out = bytearray(max(0, end - start))
+    _filler(fd, path)(start, memoryview(out))
+    return bytes(out)
+
+
+def _cuts(name: str, path: Path, size: int, read: Callable[[int, int], bytes]) -> Iterator[tuple[int, int, Words]]:
+    if name.endswith(".safetensors"):
+        at = 0
+        for tensor in read_table(read, size, str(path)):
+            for start, end in _grid(at, tensor.start):  # the header, before the first tensor
+                yield start, end, OPAQUE
+            for start, end in _grid(tensor.start, tensor.end):
+                yield start, end, tensor.words
+            at = tensor.end
+        for start, end in _grid(at, size):
+            yield start, end, OPAQUE
+        return
+    at = 0
+    while at < size:
+        end = min(size, at + _WINDOW_BYTES)
+        window = read(at, end)
+        cut = 0
+        for next_cut in _cdc_cuts(window, final=end == size):
+            yield at + cut, at + next_cut, OPAQUE
+            cut = next_cut
+        if cut == 0:
+            raise Damaged(f"{path} cannot be cut")
+        at += cut
+
+
+def _grid(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """A run of bytes on a grid of whole chunks from its own start."""
+    while start < end:
+        stop = min(end, start + limits.CHUNK_BYTES)
+        yield start, stop
+        start = stop
+
+
+def _cdc_cuts(window: bytes, *, final: bool) -> list[int]:
+    """Ends of the chunks that begin in a window; without `final`, only those that more bytes cannot move."""
+    minimum, average, maximum = CDC_BYTES
+    if len(window) <= minimum:
+        return [len(window)] if final and window else []
+    from pyfastcdc import FastCDC
+
+    cuts = [
+        chunk.offset + chunk.length for chunk in FastCDC(average, min_size=minimum, max_size=maximum).cut_buf(window)
+    ]
+    return cuts if final else [cut for cut in cuts if cut <= len(window) - maximum] or cuts[:1]

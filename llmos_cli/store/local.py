@@ -1,0 +1,69 @@
+"""A store on the local disk: where its parts lie, making one, finding one, opening one.
+
+Opening refuses a store whose FORMAT it does not know before it touches anything else in it.
+"""
+
+from pathlib import Path
+from typing import Final
+
+from llmos_cli.config import Config, parse_config, render_config
+from llmos_cli.errors import NotFound, from_os_error
+from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, PACKS, REFS, check_format
+from llmos_cli.progress import Progress, Silent
+from llmos_cli.store import durable
+from llmos_cli.store.handle import Store
+from llmos_cli.store.packs import sync_index
+
+__all__ = ["Store", "find_store", "init_store", "open_store", "save_config"]
+
+STORE_FOLDER: Final = ".llmos"
+CONFIG_FILE: Final = "config.toml"
+_FOLDERS: Final = (PACKS, REFS, "logs", "leases", "trash", "tmp")
+
+
+def init_store(root: Path) -> bool:
+    """Make an empty store at `root`; False if there is one already. FORMAT comes last: without it there is no store."""
+    if (root / FORMAT_FILE).exists():
+        return False
+    for folder in _FOLDERS:
+        durable.make_folder(root / folder)
+    durable.write_file(root / CONFIG_FILE, render_config(Config()).encode())
+    durable.write_file(root / FORMAT_FILE, FORMAT_TEXT)
+    return True
+
+
+def find_store(explicit: Path | None, from_env: str | None, cwd: Path, home: Path) -> Path:
+    """The folder of the store to use: --store, $LLMOS_STORE, the nearest .llmos upward, ~/.llmos; raises NotFound."""
+    named = explicit or (Path(from_env) if from_env else None)
+    if named:
+        for root in (named, named / STORE_FOLDER):
+            if (root / FORMAT_FILE).exists():
+                return root
+        raise NotFound(f"no llmos store at {named}", hint=f"make one: llmos --store {named} init")
+    for folder in (cwd, *cwd.parents, home):
+        if (folder / STORE_FOLDER / FORMAT_FILE).exists():
+            return folder / STORE_FOLDER
+    raise NotFound(f"no llmos store in {cwd} or any folder above it", hint="make one here: llmos init")
+
+
+def open_store(root: Path, progress: Progress | None = None) -> Store:
+    """Open the store at `root`; raises NotFound, Damaged or UnknownVersion, UsageError for its config.toml."""
+    try:
+        check_format((root / FORMAT_FILE).read_bytes())
+        config_path = root / CONFIG_FILE
+        config = parse_config(config_path.read_text("utf-8"), str(config_path)) if config_path.exists() else Config()
+    except FileNotFoundError as exc:
+        raise NotFound(f"no llmos store at {root}", hint="make one: llmos init") from exc
+    except OSError as exc:
+        raise from_os_error(exc, f"opening the store {root}") from exc
+    store = Store(root, config, progress or Silent())
+    if store.index.is_new:
+        added = sync_index(store)
+        if added.packs:
+            store.progress.warn(f"the index was lost or outdated: rebuilt it from {added.packs} packs")
+    return store
+
+
+def save_config(store: Store, config: Config) -> None:
+    durable.write_file(store.root / CONFIG_FILE, render_config(config).encode())
+    store.config = config

@@ -1,0 +1,158 @@
+"""The write pipeline: chunks are hashed and encoded on every core, and written by one ordered writer.
+
+Bounded memory: at most `2 * cores + 2` chunks are in flight, each in a buffer of a pool that is used again. Packs are
+fsynced by a thread of their own while the next one fills. zstd, BLAKE3 and numpy release the GIL.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Final
+
+from llmos_cli.formats import codec, limits
+from llmos_cli.formats.frame import CHUNK, MANIFEST, Frame, encode_header, new_frame
+from llmos_cli.formats.ids import Buffer, ObjectId, object_id
+from llmos_cli.formats.manifest import Chunk
+from llmos_cli.store.handle import Store
+from llmos_cli.store.packs import PackWriter
+
+MAX_WORKERS: Final = 16
+
+Fill = Callable[[memoryview], None]
+
+
+@dataclass
+class Written:
+    """What a pipeline has done so far: bytes added to the store, plain bytes that were there already."""
+
+    stored: int = 0
+    reused: int = 0
+    packs: list[ObjectId] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A chunk that has been through a worker; `frame` is None if its object is in the store already."""
+
+    chunk: Chunk
+    buffer: bytearray
+    frame: Frame | None
+    header: bytes
+    parts: Sequence[Buffer]
+
+
+class Pipeline:
+    """Turns runs of bytes into stored chunks. Used by one thread; `drain` before reading the chunks."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        cores = _cores()
+        window = 2 * cores + 2
+        self._workers = ThreadPoolExecutor(cores, "encode")
+        self._finisher = ThreadPoolExecutor(1, "publish")
+        self._finishing: list[Future[ObjectId]] = []
+        self._buffers: SimpleQueue[bytearray] = SimpleQueue()
+        for _ in range(window):
+            self._buffers.put(bytearray())
+        self._in_flight: deque[tuple[Future[_Encoded], Callable[[Chunk], None]]] = deque()
+        self._claimed: set[ObjectId] = set()
+        self._claim_lock = threading.Lock()
+        self._pack: PackWriter | None = None
+        self.written = Written()
+
+    def put(self, size: int, words: codec.Words, fill: Fill, done: Callable[[Chunk], None]) -> None:
+        """Store a chunk of `size` bytes that `fill` writes into a buffer (in a worker); `done` gets it, in order."""
+        while self._buffers.empty():
+            self._write_next()
+        buffer = self._buffers.get()
+        if len(buffer) < size:  # grown once to the size of a chunk: fresh pages cost more than hashing them
+            buffer = bytearray(max(size, min(limits.CHUNK_BYTES, 4 * size)))
+        self._in_flight.append((self._workers.submit(self._encode, size, words, fill, buffer), done))
+
+    def drain(self) -> None:
+        """Write everything that is in flight."""
+        while self._in_flight:
+            self._write_next()
+
+    def put_manifest(self, oid: ObjectId, data: bytes) -> None:
+        """Append a manifest: the last frame of the last pack, visible only with or after everything it names."""
+        self.drain()
+        encoded = codec.encode(memoryview(data), codec.OPAQUE)
+        frame = new_frame(MANIFEST, oid, len(data), encoded)
+        self._append(frame, encode_header(frame), encoded.parts)
+
+    def finish(self) -> Written:
+        """Make all packs durable and visible."""
+        self.drain()
+        self._close_pack()
+        while self._finishing:
+            self.written.packs.append(self._finishing.pop(0).result())
+        return self.written
+
+    def close(self) -> None:
+        """Stop; what has not been published is discarded."""
+        for future, _ in self._in_flight:
+            future.cancel()
+        self._workers.shutdown(wait=True, cancel_futures=True)
+        self._in_flight.clear()
+        self._finisher.shutdown(wait=True)
+        if self._pack:
+            self._pack.discard()
+            self._pack = None
+
+    def _encode(self, size: int, words: codec.Words, fill: Fill, buffer: bytearray) -> _Encoded:
+        plain = memoryview(buffer)[:size]
+        fill(plain)
+        oid = object_id(plain)
+        chunk = Chunk(oid, size)
+        with self._claim_lock:
+            claimed = oid in self._claimed
+            self._claimed.add(oid)
+        if claimed or self._store.index.has(oid):
+            return _Encoded(chunk, buffer, None, b"", ())
+        encoded = codec.encode(plain, words)
+        frame = new_frame(CHUNK, oid, size, encoded)
+        return _Encoded(chunk, buffer, frame, encode_header(frame), encoded.parts)
+
+    def _write_next(self) -> None:
+        future, done = self._in_flight.popleft()
+        item = future.result()
+        if item.frame:
+            self._append(item.frame, item.header, item.parts)
+        else:
+            self.written.reused += item.chunk.size
+        self._buffers.put(item.buffer)
+        done(item.chunk)
+
+    def _append(self, frame: Frame, header: bytes, parts: Sequence[Buffer]) -> None:
+        if self._pack is None:
+            self._pack = PackWriter(self._store.tmp)
+        self.written.stored += self._pack.append(frame, header, parts).stored_size
+        if self._pack.is_full():
+            self._close_pack()
+
+    def _close_pack(self) -> None:
+        pack, self._pack = self._pack, None
+        if pack is None:
+            return
+        while len(self._finishing) > 2 or (self._finishing and self._finishing[0].done()):
+            self.written.packs.append(self._finishing.pop(0).result())
+        self._finishing.append(self._finisher.submit(pack.publish, self._store))
+
+
+@contextmanager
+def open_pipeline(store: Store) -> Iterator[Pipeline]:
+    pipeline = Pipeline(store)
+    try:
+        yield pipeline
+    finally:
+        pipeline.close()
+
+
+def _cores() -> int:
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MAX_WORKERS)

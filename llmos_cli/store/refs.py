@@ -1,0 +1,178 @@
+"""Refs: names that move. A ref is the folder `refs/NAME/TAG/` of numbered moves; the highest valid number is its value.
+
+The compare-and-swap is the exclusive creation of the next number: of many writers exactly one gets it, with no lock
+that could be left behind or that a network file system fakes. A writer that was overtaken (moves after the one it
+saw were made and the log was trimmed) finds a higher number than its own and gives its move back.
+"""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from llmos_cli.errors import Conflict, Damaged, NotFound, UnknownVersion, UsageError, from_os_error
+from llmos_cli.formats import limits
+from llmos_cli.formats.ids import ObjectId
+from llmos_cli.formats.names import RefName
+from llmos_cli.formats.reflog import RefEntry, decode_entry, encode_entry, entry_name, parse_entry_name
+from llmos_cli.store import durable
+from llmos_cli.store.handle import Store
+from llmos_cli.store.identity import who_am_i
+
+__all__ = ["RefEntry", "delete_ref", "list_refs", "read_ref", "ref_history", "ref_names", "update_ref"]
+
+
+def read_ref(store: Store, ref: RefName) -> RefEntry | None:
+    """A ref's current value, None if there is no such ref.
+
+    A damaged last move is passed over with a warning: the ref has the value of the last move that reads back. Raises
+    Damaged if none does.
+    """
+    return _read_from(store, ref, _sequences(store, ref))
+
+
+def ref_names(store: Store) -> list[RefName]:
+    """Every ref that has a folder, in order, whether or not it can be read."""
+    names = []
+    for name in _subfolders(store, store.refs):
+        for tag in _subfolders(store, store.refs / name):
+            try:
+                names.append(RefName(name, tag))
+            except UsageError:
+                store.progress.warn(f"{store.refs / name / tag} is not a ref; passing over it")
+    return sorted(names)
+
+
+def list_refs(store: Store) -> list[RefEntry]:
+    """Every ref's current value, by name. Raises Damaged rather than leave a ref out."""
+    entries = (read_ref(store, ref) for ref in ref_names(store))
+    return [entry for entry in entries if entry]
+
+
+def ref_history(store: Store, ref: RefName) -> list[RefEntry]:
+    """A ref's moves, newest first; damaged ones are passed over with a warning."""
+    entries = []
+    for sequence in reversed(_sequences(store, ref)):
+        try:
+            entry = _read_move(store, ref, sequence)
+        except UnknownVersion:
+            raise
+        except Damaged as exc:
+            store.progress.warn(exc.message)
+            continue
+        if entry:
+            entries.append(entry)
+    return entries
+
+
+def update_ref(store: Store, ref: RefName, new: ObjectId, *, expected: ObjectId | None, message: str) -> RefEntry:
+    """Move a ref from `expected` (None: it must not exist) to `new`; raises Conflict if somebody was faster."""
+    sequences = _sequences(store, ref)
+    current = _read_from(store, ref, sequences)
+    if (current.id if current else None) != expected:
+        raise _conflict(ref, expected, current)
+    if current and current.id == new:
+        return current
+    sequence = (sequences[-1] if sequences else 0) + 1
+    entry = RefEntry(ref, sequence, new, expected, _now(), who_am_i(), message[:1000])
+    publish_move(store, entry)
+    return entry
+
+
+def publish_move(store: Store, entry: RefEntry) -> None:
+    """Make one move the ref's newest; raises Conflict if its number is taken or overtaken."""
+    folder = _folder(store, entry.ref)
+    target = folder / entry_name(entry.sequence)
+    durable.make_folder(folder)
+    temp = durable.temp_path(store.tmp)
+    with durable.new_file(temp) as file:
+        durable.write_all(file, encode_entry(entry))
+    if not durable.publish_new(temp, target):
+        raise _conflict(entry.ref, entry.previous, read_ref(store, entry.ref))
+    if _sequences(store, entry.ref)[-1:] != [entry.sequence]:
+        durable.remove(target)
+        raise _conflict(entry.ref, entry.previous, read_ref(store, entry.ref))
+
+
+def delete_ref(store: Store, ref: RefName, *, expected: ObjectId) -> RefEntry:
+    """Remove a ref with its log (into the trash, where gc keeps it for the grace period)."""
+    current = read_ref(store, ref)
+    if current is None:
+        raise NotFound(f"no ref {ref}", hint="list them: llmos ls")
+    if current.id != expected:
+        raise _conflict(ref, expected, current)
+    folder = _folder(store, ref)
+    durable.touch(folder)
+    target = durable.temp_path(store.trash)
+    target = target.with_name(f"ref-{ref.name}-{ref.tag}-{target.name.removeprefix(durable.TEMP_PREFIX)}")
+    if not durable.move(folder, target):
+        raise _conflict(ref, expected, None)
+    durable.remove_empty_folder(folder.parent)
+    return current
+
+
+def _read_from(store: Store, ref: RefName, sequences: list[int]) -> RefEntry | None:
+    problem: Damaged | None = None
+    for sequence in reversed(sequences):
+        try:
+            entry = _read_move(store, ref, sequence)
+        except UnknownVersion:
+            raise
+        except Damaged as exc:
+            problem = problem or exc
+            continue
+        if entry:
+            if problem:
+                store.progress.warn(f"{problem.message}; using move {sequence} of {ref}")
+            return entry
+    if problem:
+        raise Damaged(problem.message, hint=f"no earlier value of {ref} is left; point it anew: llmos tag @ID {ref}")
+    return None
+
+
+def _read_move(store: Store, ref: RefName, sequence: int) -> RefEntry | None:
+    path = _folder(store, ref) / entry_name(sequence)
+    try:
+        with open(path, "rb") as file:
+            return decode_entry(file.read(limits.REF_FILE_BYTES + 1), ref, sequence)
+    except FileNotFoundError:
+        return None  # trimmed meanwhile
+    except OSError as exc:
+        raise from_os_error(exc, f"reading {path}") from exc
+
+
+def _sequences(store: Store, ref: RefName) -> list[int]:
+    path = _folder(store, ref)
+    try:
+        numbers = [parse_entry_name(name) for name in os.listdir(path)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as exc:
+        raise from_os_error(exc, f"listing {path}") from exc
+    return sorted(number for number in numbers if number is not None)
+
+
+def _subfolders(store: Store, path: Path) -> list[str]:
+    """A failure to list must never look like "no refs": gc would take everything."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        if path == store.refs:
+            raise Damaged(f"the refs folder {store.refs} is missing", hint="restore it from a backup") from None
+        return []
+    except OSError as exc:
+        raise from_os_error(exc, f"listing {path}") from exc
+
+
+def _folder(store: Store, ref: RefName) -> Path:
+    return store.refs / ref.name / ref.tag
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _conflict(ref: RefName, expected: ObjectId | None, current: RefEntry | None) -> Conflict:
+    was = f"@{expected.short}" if expected else "absent"
+    now = f"@{current.id.short}" if current else "absent"
+    return Conflict(f"ref {ref} moved meanwhile: it was {was} and is {now}", hint=f"look at it: llmos log {ref}")

@@ -1,0 +1,129 @@
+"""Transactions: the one way to make something visible. Chunks, then the manifest, then the ref; a crash anywhere
+leaves the old state plus unreachable packs, which gc knows.
+
+A transaction that finds a chunk in the store does not write it again. Before it publishes, it makes sure that every
+chunk its manifest names is still there and freshens the packs that hold them: a gc may have run meanwhile.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from llmos_cli.errors import Damaged
+from llmos_cli.formats.ids import ObjectId, object_id
+from llmos_cli.formats.manifest import FileEntry, Manifest, encode_manifest
+from llmos_cli.formats.names import RefName
+from llmos_cli.progress import Progress, Silent, Task
+from llmos_cli.store import durable
+from llmos_cli.store.handle import Store
+from llmos_cli.store.ingest import Tensor, put_path, put_stream, put_tensors
+from llmos_cli.store.leases import hold
+from llmos_cli.store.packs import restore_from_trash, sync_index
+from llmos_cli.store.pipeline import Pipeline, open_pipeline
+from llmos_cli.store.refs import read_ref, update_ref
+
+__all__ = ["Commit", "Tensor", "Transaction", "begin"]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a transaction made. `size` is the plain bytes of the manifest's files, `stored` the bytes the store grew by,
+    `reused` the plain bytes that were there already; `unchanged` means the ref pointed to this very id before."""
+
+    id: ObjectId
+    ref: RefName | None
+    size: int
+    stored: int
+    reused: int
+    unchanged: bool
+
+
+class Transaction:
+    """Add files, then commit once. Made by `begin`."""
+
+    def __init__(
+        self, store: Store, ref: RefName | None, expected: ObjectId | None, pipeline: Pipeline, task: Task
+    ) -> None:
+        self.store = store
+        self.ref = ref
+        self.expected = expected
+        self._pipeline = pipeline
+        self._task = task
+
+    def add_path(self, name: str, path: Path) -> FileEntry:
+        """Store a regular file under a name."""
+        return put_path(self._pipeline, name, path, self._task)
+
+    def add_bytes(self, name: str, data: bytes) -> FileEntry:
+        """Store a small file from memory."""
+        return put_stream(self._pipeline, name, io.BytesIO(data), self._task)
+
+    def add_stream(self, name: str, stream: BinaryIO) -> FileEntry:
+        """Store what a stream gives until its end."""
+        return put_stream(self._pipeline, name, stream, self._task)
+
+    def add_tensors(self, name: str, tensors: Sequence[Tensor], *, metadata: dict[str, str] | None = None) -> FileEntry:
+        """Store a safetensors file of `tensors` in this order, one in memory at a time."""
+        return put_tensors(self._pipeline, name, tensors, metadata or {}, self._task)
+
+    def commit(self, manifest: Manifest, *, message: str) -> Commit:
+        """Publish the manifest and move the ref; raises Conflict if the ref moved since `begin`."""
+        data = encode_manifest(manifest)
+        oid = object_id(data)
+        if oid not in self.store.index.manifests(str(oid)):
+            self._pipeline.put_manifest(oid, data)
+        written = self._pipeline.finish()
+        _secure(self.store, oid, manifest, fresh=set(written.packs))
+        unchanged = self.ref is not None and self.expected == oid
+        if self.ref is not None:
+            update_ref(self.store, self.ref, oid, expected=self.expected, message=message)
+        return Commit(oid, self.ref, manifest.size, written.stored, written.reused, unchanged)
+
+
+@contextmanager
+def begin(
+    store: Store,
+    *,
+    purpose: str,
+    ref: RefName | None = None,
+    progress: Progress | None = None,
+    total: int | None = None,
+) -> Iterator[Transaction]:
+    """Open a transaction; `ref` is remembered as it is now. Leaving the block without a commit leaves nothing visible.
+
+    With `progress`, one bar labelled `purpose` counts plain bytes up to `total`.
+    """
+    current = read_ref(store, ref) if ref else None
+    with ExitStack() as stack:
+        stack.enter_context(hold(store, purpose, [], writes=True))
+        task = stack.enter_context((progress or Silent()).task(purpose, total=total))
+        pipeline = stack.enter_context(open_pipeline(store))
+        yield Transaction(store, ref, current.id if current else None, pipeline, task)
+
+
+def _secure(store: Store, oid: ObjectId, manifest: Manifest, *, fresh: set[ObjectId]) -> None:
+    """Every object the manifest needs must be there before it is published; packs it shares become young again."""
+    needed = {chunk.id for entry in manifest.files for chunk in entry.chunks} | {oid}
+    packs: set[ObjectId] = set()
+    for needed_id in needed:
+        packs.add(_holder(store, needed_id, packs | fresh))
+    for pack in packs - fresh:
+        durable.touch(store.pack_path(pack))
+
+
+def _holder(store: Store, oid: ObjectId, known: set[ObjectId]) -> ObjectId:
+    """A pack that holds an object and exists; brought back from the trash if it must be."""
+    for attempt in range(3):
+        for location in store.index.locate(oid):
+            if location.pack in known or store.pack_path(location.pack).exists():
+                return location.pack
+        if attempt == 0:
+            sync_index(store)
+        elif attempt == 1:
+            restore_from_trash(store, oid)
+    raise Damaged(
+        f"object {oid.short} was removed while it was being used", hint="run the command again: it will be stored anew"
+    )

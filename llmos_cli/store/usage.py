@@ -1,0 +1,63 @@
+"""Where the bytes are: per ref what its files amount to, what they take in the store, and what only this ref needs."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from llmos_cli.formats.ids import ObjectId
+from llmos_cli.formats.names import RefName
+from llmos_cli.store.handle import Store
+from llmos_cli.store.objects import read_manifest
+from llmos_cli.store.packs import list_packs
+from llmos_cli.store.reach import objects_of
+from llmos_cli.store.refs import list_refs
+
+
+@dataclass(frozen=True)
+class RefUsage:
+    """Bytes: `logical` of its files, `physical` of its objects as stored, `own` of those that no other ref uses."""
+
+    ref: RefName
+    id: ObjectId
+    kind: str
+    logical: int
+    physical: int
+    own: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """`logical` sums the refs; `physical` is what all packs take on disk; `unreachable` of it is used by no ref;
+    `trash` waits to be unlinked."""
+
+    refs: tuple[RefUsage, ...]
+    logical: int
+    physical: int
+    unreachable: int
+    trash: int
+    packs: int
+
+
+def usage(store: Store) -> Usage:
+    """Measure the store by its current refs."""
+    objects: dict[RefName, set[ObjectId]] = {}
+    facts: dict[RefName, tuple[ObjectId, str, int]] = {}
+    for entry in list_refs(store):
+        manifest = read_manifest(store, entry.id)
+        objects[entry.ref] = set(objects_of(entry.id, manifest))
+        facts[entry.ref] = (entry.id, manifest.kind, manifest.size)
+    packs = [path.stat().st_size for path in list_packs(store.packs).values()]
+    stored = store.index.stored_sizes()
+    users = Counter(oid for ids in objects.values() for oid in ids)
+    refs = tuple(
+        RefUsage(
+            ref,
+            *facts[ref],
+            physical=sum(stored.get(oid, 0) for oid in ids),
+            own=sum(stored.get(oid, 0) for oid in ids if users[oid] == 1),
+        )
+        for ref, ids in objects.items()
+    )
+    needed = sum(stored.get(oid, 0) for oid in users)
+    trash = sum(path.stat().st_size for path in list_packs(store.trash).values())
+    logical = sum(ref.logical for ref in refs)
+    return Usage(refs, logical, sum(packs), max(0, sum(stored.values()) - needed), trash, len(packs))
