@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import zstandard
 
 from llmos_cli.errors import Damaged, UnknownVersion
@@ -34,9 +32,6 @@ _WORTH: Final = 0.97  # a codec must save 3 % to be used
 _MIN_BYTES: Final = 64  # below this nothing is tried
 _PROBE_BYTES: Final = 16 * limits.KiB
 _HUFFMAN = {"window_log": 19, "hash_log": 6, "min_match": 7, "target_length": 0}
-_UNSIGNED: Final[dict[int, type[np.unsignedinteger]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -120,50 +115,40 @@ def _planes_beat_zstd(plain: memoryview, words: Words) -> bool:
 
 
 def _planes(plain: memoryview, words: Words) -> Encoded:
-    count = len(plain) // words.width
+    from llmos_cli.formats.planes import split  # numpy costs more than all of `llmos ls`
+
+    whole = len(plain) // words.width * words.width
     rotated = words.is_float and words.width > 1
-    table, parts = [], []
-    for plane in _split(np.frombuffer(plain, _UNSIGNED[words.width], count), words.width, rotated):
+    table: list[Buffer] = []
+    parts: list[Buffer] = []
+    for plane in split(plain[:whole], words.width, rotated):
         packed = _pack_plane(plane)
         table.append(_PLANE.pack(packed is not None, len(plane) if packed is None else len(packed)))
-        parts.append(plane.data if packed is None else packed)
-    return Encoded(PLANES, words.width, rotated, (b"".join(table), *parts, plain[count * words.width :]))
+        parts.append(plane if packed is None else packed)
+    return Encoded(PLANES, words.width, rotated, (b"".join(table), *parts, plain[whole:]))
 
 
-def _pack_plane(plane: Bytes) -> bytes | None:
+def _pack_plane(plane: memoryview) -> bytes | None:
     if len(plane) > 2 * _PROBE_BYTES:
         middle = len(plane) // 2
         sample = plane[middle : middle + _PROBE_BYTES]
-        if len(_contexts.huffman.compress(sample.data)) > _WORTH * len(sample):
+        if len(_contexts.huffman.compress(sample)) > _WORTH * len(sample):
             return None
-    packed = _contexts.huffman.compress(plane.data)
+    packed = _contexts.huffman.compress(plane)
     return packed if len(packed) < _WORTH * len(plane) else None
 
 
-def _split(words: npt.NDArray[np.unsignedinteger], width: int, rotated: bool) -> list[Bytes]:
-    """Byte planes, most significant first; numpy's shift-and-narrow is twice as fast as a strided copy."""
-    if width == 1:
-        return [words.view(np.uint8)]
-    bits = 8 * width
-    planes = []
-    for plane in range(width):
-        shift = bits - 8 * (plane + 1) - rotated
-        if shift >= 0:
-            planes.append((words >> words.dtype.type(shift)).astype(np.uint8))
-        else:  # the lowest plane of a rotated word: its last bit is the sign
-            planes.append(((words << words.dtype.type(1)) | (words >> words.dtype.type(bits - 1))).astype(np.uint8))
-    return planes
-
-
 def _join_planes(width: int, rotated: bool, payload: memoryview, out: memoryview) -> None:
-    if width not in _UNSIGNED or (rotated and width == 1):
+    from llmos_cli.formats.planes import WIDTHS, merge
+
+    if width not in WIDTHS or (rotated and width == 1):
         raise Damaged(f"planes of width {width} are unknown")
     count = len(out) // width
     tail = len(out) - count * width
     at = _PLANE.size * width
     if len(payload) < at + tail:
         raise Damaged("a planes payload is shorter than its table")
-    planes = []
+    planes: list[Buffer] = []
     for plane in range(width):
         method, size = _PLANE.unpack_from(payload, _PLANE.size * plane)
         data = payload[at : at + size]
@@ -172,33 +157,11 @@ def _join_planes(width: int, rotated: bool, payload: memoryview, out: memoryview
             raise Damaged(f"plane method {method} is unknown")
         if len(data) != size or (method == 0 and size != count):
             raise Damaged("a plane does not have the size its frame promises")
-        planes.append(np.frombuffer(_decompress(data, count) if method else data, np.uint8, count))
+        planes.append(_decompress(data, count) if method else data)
     if len(payload) != at + tail:
         raise Damaged("a planes payload has bytes after its last plane")
-    _merge(planes, width, rotated, np.frombuffer(out[: count * width], _UNSIGNED[width]))
+    merge(planes, rotated, out[: count * width])
     out[count * width :] = payload[at:]
-
-
-def _merge(planes: list[Bytes], width: int, rotated: bool, out: npt.NDArray[np.unsignedinteger]) -> None:
-    """The inverse of `_split`, written into `out`; works in place to stay within the cache of one chunk."""
-    if width == 1:
-        out[:] = planes[0]
-        return
-    kind = out.dtype.type
-    bits = 8 * width
-    np.copyto(out, planes[0])
-    for plane in planes[1:-1]:
-        out <<= kind(8)
-        out |= plane
-    if not rotated:
-        out <<= kind(8)
-        out |= planes[-1]
-        return
-    out <<= kind(7)
-    out |= planes[-1] >> 1
-    sign = planes[-1].astype(out.dtype)
-    sign <<= kind(bits - 1)
-    out |= sign
 
 
 def _decompress(data: memoryview, size: int) -> bytes:

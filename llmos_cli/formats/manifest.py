@@ -87,7 +87,7 @@ def recipe_key(recipe: Recipe) -> ObjectId:
 def encode_manifest(manifest: Manifest) -> bytes:
     """The one byte string of a manifest, files sorted by path; what it returns, `decode_manifest` reads.
 
-    Raises Unsafe for a path, UsageError for a manifest over the limits, ValueError for a value that cannot stand in one.
+    Raises Unsafe for a path, UsageError for more than the limits allow, ValueError for a bug in the caller.
     """
     if manifest.kind not in KINDS:
         raise ValueError(f"unknown kind {manifest.kind!r}")

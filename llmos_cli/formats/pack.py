@@ -20,7 +20,8 @@ VERSION: Final = 1
 ALIGNMENT: Final = 64
 
 _HEADER = struct.Struct("<8s I 52x")
-_ENTRY = struct.Struct("<32s 32s Q II BBBB 4x")  # id base offset payload plain kind codec depth reserved
+_ENTRY = struct.Struct("<32s 32s Q II BBB 5s")  # id base offset payload plain kind codec depth reserved
+_RESERVED: Final = bytes(5)
 _TRAILER = struct.Struct("<Q I I Q 24x")  # index offset, entries, version, index check
 _TRAILER_END = struct.Struct("<Q8s")  # trailer check, magic
 HEADER_SIZE: Final = _HEADER.size
@@ -74,7 +75,8 @@ def padding(size: int) -> bytes:
 def pack_end(entries: Sequence[Entry], index_offset: int) -> bytes:
     """The footer index and the trailer, for frames written so far up to `index_offset`."""
     index = b"".join(
-        _ENTRY.pack(e.id, e.base, e.offset, e.payload_size, e.plain_size, e.kind, e.codec, e.depth, 0) for e in entries
+        _ENTRY.pack(e.id, e.base, e.offset, e.payload_size, e.plain_size, e.kind, e.codec, e.depth, _RESERVED)
+        for e in entries
     )
     trailer = _TRAILER.pack(index_offset, len(entries), VERSION, checksum(index))
     return index + trailer + _TRAILER_END.pack(checksum(trailer), END_MAGIC)
@@ -135,9 +137,9 @@ def check_padding(entry: Entry, data: Buffer) -> None:
         raise Damaged(f"object {entry.id.short} is followed by bytes that must be zero")
 
 
-def _entry(fields: tuple[bytes, bytes, int, int, int, int, int, int, int]) -> Entry:
+def _entry(fields: tuple[bytes, bytes, int, int, int, int, int, int, bytes]) -> Entry:
     oid, base, offset, payload, plain, kind, codec_id, depth, reserved = fields
-    if kind not in (CHUNK, MANIFEST) or codec_id not in codec.CODEC_NAMES or reserved:
+    if kind not in (CHUNK, MANIFEST) or codec_id not in codec.CODEC_NAMES or reserved != _RESERVED:
         raise UnknownVersion("a pack's index has an entry of an unknown kind or codec", hint="use a newer llmos")
     if plain > plain_limit(kind) or payload > plain_limit(kind) or depth > limits.DELTA_DEPTH:
         raise Damaged("a pack's index has an entry outside the declared limits")
