@@ -59,10 +59,11 @@ def demo(
     directory.mkdir(parents=True, exist_ok=True)
     runner = _Runner(directory.resolve(), out)
     files, text_bytes = _copy_corpus(directory)
-    out.say(
+    _tell(
+        out,
         f"This builds a small language model from the source of the Python standard library ({plural(files, 'file')},\n"
         f"{size(text_bytes)}) and takes it all the way to an HTTP API. Every step is a command that you can type\n"
-        f"yourself in {directory}."
+        f"yourself in {directory}.",
     )
     runner.step("make a store", "init")
     runner.step("text to training data", "shard", "corpus/train", "code", "--tokenizer", "train:4096")
@@ -106,7 +107,7 @@ class _Runner:
         self.note(title, time.perf_counter() - started, self.describe(arguments))
 
     def announce(self, title: str, *arguments: str) -> None:
-        self.out.say(f"\n[{len(self.steps) + 1}] {title}\n$ llmos {' '.join(arguments)}")
+        _tell(self.out, f"\n[{len(self.steps) + 1}] {title}\n$ llmos {' '.join(arguments)}")
 
     def note(self, title: str, seconds: float, result: str) -> None:
         physical = sum(path.stat().st_size for path in (self.folder / ".llmos" / "packs").glob("*/*.pack"))
@@ -145,6 +146,11 @@ class _StepFailed(LlmosError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message, hint="its own message is above; what was committed is safe")
         self.exit_code = exit_code
+
+
+def _tell(out: Output, text: str) -> None:
+    for line in text.split("\n"):
+        out.say(line)
 
 
 def _copy_corpus(directory: Path) -> tuple[int, int]:
@@ -207,7 +213,7 @@ def _serve(runner: _Runner) -> str:
         with urllib.request.urlopen(request, timeout=60) as response:
             answer: dict[str, Any] = json.load(response)
     text = str(answer["choices"][0]["text"])
-    runner.out.say(_PROMPT + text)
+    _tell(runner.out, _PROMPT + text)
     runner.note(title, time.perf_counter() - started, f"{answer['usage']['completion_tokens']} tokens")
     return text
 
@@ -248,11 +254,11 @@ def _summary(runner: _Runner, text_bytes: int, completion: str) -> None:
     out.line("")
     out.line(
         f"{size(text_bytes)} of text became a served model in {duration(seconds)}. The store holds "
-        f"{size(found.logical)} of files in {size(found.physical)} ({percent(found.physical, found.logical)})."
+        f"{size(found.logical)} of files in {size(found.needed)} ({percent(found.needed, found.logical)})."
     )
     with contextlib.suppress(ValueError):
         folder = runner.folder.relative_to(Path.cwd())
-        out.say(f"\nGo on: cd {folder}")
+        _tell(out, f"\nGo on: cd {folder}")
         out.say("  llmos ls                                    what is in the store")
         out.say("  llmos show tiny-int8                        what one thing is made of")
         out.say('  llmos generate tiny-int8 "import os"        ask it on the command line')

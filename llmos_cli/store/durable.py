@@ -9,15 +9,19 @@ import contextlib
 import errno
 import os
 import stat
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 from uuid import uuid4
 
 from llmos_cli.errors import LlmosError, Unsafe, from_os_error
+from llmos_cli.formats import limits
 from llmos_cli.formats.ids import Buffer
 
-TEMP_PREFIX = ".tmp-"
+TEMP_PREFIX: Final = ".tmp-"
+_TRIES: Final = 20
+_OPEN_FOLDERS: Final = 2 * limits.PATH_DEPTH
 
 
 def temp_path(folder: Path) -> Path:
@@ -29,26 +33,29 @@ def temp_path(folder: Path) -> Path:
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Create `path` (it must not exist), hand it out for writing, make its bytes durable; on any error remove it."""
     with _reporting(f"writing {path}"):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        created = False
         try:
-            with os.fdopen(fd, "wb", buffering=0) as file:
+            with open(path, "xb", buffering=0, opener=_open_new) as file:
+                created = True
                 yield file
-                os.fsync(fd)
+                os.fsync(file.fileno())
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            if created:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
             raise
 
 
 def write_all(file: BinaryIO, *parts: Buffer) -> None:
     """Write buffers one after the other with few system calls; loops over short writes."""
     waiting = [memoryview(part).cast("B") for part in parts if len(part)]
-    while waiting:
-        written = os.writev(file.fileno(), waiting[:64])
-        while waiting and written >= len(waiting[0]):
-            written -= len(waiting.pop(0))
-        if written:
-            waiting[0] = waiting[0][written:]
+    with _reporting(f"writing {file.name}"):
+        while waiting:
+            written = os.writev(file.fileno(), waiting[:64])
+            while waiting and written >= len(waiting[0]):
+                written -= len(waiting.pop(0))
+            if written:
+                waiting[0] = waiting[0][written:]
 
 
 def publish(temp: Path, target: Path, *, mode: int | None = None) -> None:
@@ -63,22 +70,21 @@ def publish(temp: Path, target: Path, *, mode: int | None = None) -> None:
 def publish_new(temp: Path, target: Path) -> bool:
     """Give a durable temporary file its final name only if nobody has it: exactly one of many racers gets True.
 
-    link(2) is the one exclusive create that also holds on NFS; the temporary name goes away in either case.
+    link(2) is the one exclusive create that also holds on NFS; the temporary name goes away in every case.
     """
     with _reporting(f"publishing {target}"):
         try:
-            os.link(temp, target)
-            won = True
-        except FileExistsError:
-            won = False
-        except OSError as exc:
-            if exc.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                raise
-            won = _create_exclusively(temp, target)
-        if won:
-            _sync_folder(target.parent)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temp)
+            won = _link(temp, target)
+            if won:
+                try:
+                    _sync_folder(target.parent)
+                except BaseException:  # what may not survive must not be built upon
+                    with contextlib.suppress(OSError):
+                        os.unlink(target)
+                    raise
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temp)
         return won
 
 
@@ -98,21 +104,25 @@ def write_volatile(path: Path, data: Buffer) -> None:
     """Replace `path` as a whole, but let a power loss forget it: for leases, which no reboot outlives."""
     temp = temp_path(path.parent)
     with _reporting(f"writing {path}"):
-        temp.write_bytes(data)
-        os.replace(temp, path)
+        try:
+            temp.write_bytes(data)
+            os.replace(temp, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temp)
+            raise
 
 
 def make_folder(path: Path) -> None:
     """Create a folder and its parents; each new name is durable."""
-    missing = []
-    while not path.is_dir():
-        missing.append(path)
-        path = path.parent
-    with _reporting(f"creating {missing[0] if missing else path}"):
-        for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(folder)
-            _sync_folder(folder.parent)
+    with _reporting(f"creating {path}"):
+        for attempt in range(_TRIES):
+            try:
+                _make_missing(path)
+                return
+            except FileNotFoundError:  # somebody removed an empty parent meanwhile
+                if attempt == _TRIES - 1:
+                    raise
 
 
 def move(source: Path, target: Path) -> bool:
@@ -162,7 +172,7 @@ def remove_tree(path: Path) -> None:
 
 def touch(path: Path) -> None:
     """Set a file's time to now: somebody needs it."""
-    with contextlib.suppress(FileNotFoundError), _reporting(f"touching {path}"):
+    with _reporting(f"touching {path}"), contextlib.suppress(FileNotFoundError):
         os.utime(path)
 
 
@@ -179,39 +189,41 @@ def sync_folder(path: Path) -> None:
 
 
 class Destination:
-    """A folder to write files into and never outside of: every step down is opened without following links."""
+    """A folder to write files into and never outside of: every step down is opened without following links.
+
+    Keeps a bounded number of folders open, so that a tree of any size can be written. Used by one thread.
+    """
 
     def __init__(self, root: Path) -> None:
         make_folder(root)
         self.root = root
+        self._folders: OrderedDict[str, int] = OrderedDict()
         with _reporting(f"opening {root}"):
-            self._folders: dict[str, int] = {"": os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)}
+            self._root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def __enter__(self) -> "Destination":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in self._folders.values():
+        for fd in (self._root_fd, *self._folders.values()):
             os.close(fd)
         self._folders.clear()
 
     def kind(self, path: str) -> str | None:
         """What is at a relative path: None, "file", or "other" (a folder, a link, a device)."""
-        folder, name = self._open_parent(path, create=False)
-        if folder is None:
-            return None
-        try:
-            mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
-        except FileNotFoundError:
-            return None
-        return "file" if stat.S_ISREG(mode) else "other"
+        with _reporting(f"looking at {self.root / path}"):
+            try:
+                folder, name = self._open_parent(path, create=False)
+                mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+            except FileNotFoundError:
+                return None
+            return "file" if stat.S_ISREG(mode) else "other"
 
     @contextlib.contextmanager
     def replace(self, path: str) -> Iterator[int]:
         """Hand out a descriptor for new bytes; when they are complete and durable, `path` changes to them."""
         with _reporting(f"writing {self.root / path}"):
             folder, name = self._open_parent(path, create=True)
-            assert folder is not None
             temp = f"{TEMP_PREFIX}{uuid4().hex}"
             fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
             try:
@@ -229,29 +241,66 @@ class Destination:
     def sync(self) -> None:
         """Make the names in every folder that was written to durable."""
         with _reporting(f"syncing {self.root}"):
-            for fd in self._folders.values():
-                os.fsync(fd)
+            for fd in (*self._folders.values(), self._root_fd):
+                _sync_folder_fd(fd)
 
-    def _open_parent(self, path: str, *, create: bool) -> tuple[int | None, str]:
+    def _open_parent(self, path: str, *, create: bool) -> tuple[int, str]:
         *parts, name = path.split("/")
-        at = ""
+        at, parent = "", self._root_fd
         for part in parts:
-            parent, at = self._folders[at], f"{at}/{part}" if at else part
-            if at in self._folders:
-                continue
+            at = f"{at}/{part}" if at else part
+            parent = self._open_child(parent, part, at, create=create)
+        while len(self._folders) > _OPEN_FOLDERS:  # deeper than any path: the one in use stays open
+            _, fd = self._folders.popitem(last=False)
             try:
-                if create:
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(part, dir_fd=parent)
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                self._folders[at] = os.open(part, flags, dir_fd=parent)
-            except FileNotFoundError:
-                return None, name
-            except OSError as exc:
-                if exc.errno in (errno.ELOOP, errno.ENOTDIR):
-                    raise Unsafe(f"{self.root / at} is not a folder: refusing to write through it") from exc
-                raise
-        return self._folders[at], name
+                _sync_folder_fd(fd)
+            finally:
+                os.close(fd)
+        return parent, name
+
+    def _open_child(self, parent: int, part: str, at: str, *, create: bool) -> int:
+        if at in self._folders:
+            self._folders.move_to_end(at)
+            return self._folders[at]
+        if create:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, dir_fd=parent)
+        try:
+            fd = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        except OSError as exc:
+            if exc.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise Unsafe(f"{self.root / at} is not a folder: refusing to write through it") from exc
+            raise
+        self._folders[at] = fd
+        return fd
+
+
+def _make_missing(path: Path) -> None:
+    if path.is_dir():
+        return
+    _make_missing(path.parent)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+    _sync_folder(path.parent)
+
+
+def _open_new(path: str, flags: int) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def _link(temp: Path, target: Path) -> bool:
+    try:
+        os.link(temp, target)
+    except FileExistsError:
+        return False
+    except OSError as exc:
+        if exc.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        return _create_exclusively(temp, target)
+    return True
 
 
 def _create_exclusively(temp: Path, target: Path) -> bool:
@@ -268,12 +317,17 @@ def _create_exclusively(temp: Path, target: Path) -> bool:
 def _sync_folder(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        _sync_folder_fd(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_folder_fd(fd: int) -> None:
+    try:
         os.fsync(fd)
     except OSError as exc:
         if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
             raise
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -18,14 +18,14 @@ __all__ = ["Store", "find_store", "init_store", "open_store", "save_config"]
 
 STORE_FOLDER: Final = ".llmos"
 CONFIG_FILE: Final = "config.toml"
-_FOLDERS: Final = (PACKS, REFS, "logs", "leases", "trash", "tmp")
+FOLDERS: Final = (PACKS, REFS, "logs", "leases", "trash", "tmp")
 
 
 def init_store(root: Path) -> bool:
     """Make an empty store at `root`; False if there is one already. FORMAT comes last: without it there is no store."""
     if (root / FORMAT_FILE).exists():
         return False
-    for folder in _FOLDERS:
+    for folder in FOLDERS:
         durable.make_folder(root / folder)
     durable.write_file(root / CONFIG_FILE, render_config(Config()).encode())
     durable.write_file(root / FORMAT_FILE, FORMAT_TEXT)

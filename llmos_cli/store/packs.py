@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,11 +21,16 @@ _scratch = threading.local()
 
 
 class PackWriter:
-    """A pack in the making: frames are appended to a temporary file, `publish` makes it a pack."""
+    """A pack in the making: frames are appended to the temporary file `path`, `publish` makes it a pack.
+
+    Publishing is `finish` (complete and durable, its name known) and `install` (visible); a pack that is to go
+    elsewhere, or whose name must be compared first, is finished and then installed or discarded.
+    """
 
     def __init__(self, tmp: Path) -> None:
-        self._temp = durable.temp_path(tmp)
-        self._context = durable.new_file(self._temp)
+        self.path = durable.temp_path(tmp)
+        self._finished = False
+        self._context = durable.new_file(self.path)
         self._file: BinaryIO = self._context.__enter__()
         self._hasher = IdHasher()
         self._size = 0
@@ -47,16 +52,29 @@ class PackWriter:
 
     def publish(self, store: Store) -> ObjectId:
         """Make the pack durable under its name and index it; its frames are visible from here on."""
+        self.finish()
+        return self.install(store)
+
+    def finish(self) -> ObjectId:
+        """Make the pack complete and durable under its temporary name; returns the name that its bytes give it."""
         try:
             self._write(pack_end(self.entries, self._size))
         except BaseException:
             self.discard()
             raise
+        self._finished = True  # from here on the file is no longer removed by the context
         self._context.__exit__(None, None, None)
-        return install_pack(store, self._temp, self._hasher.id(), self._size, self.entries)
+        return self._hasher.id()
+
+    def install(self, store: Store) -> ObjectId:
+        """Make a finished pack visible."""
+        return install_pack(store, self.path, self._hasher.id(), self._size, self.entries)
 
     def discard(self) -> None:
         """Leave nothing behind."""
+        if self._finished:
+            durable.remove(self.path)
+            return
         with contextlib.suppress(_Discard):
             self._context.__exit__(_Discard, _Discard(), None)
 
@@ -189,3 +207,30 @@ def restore_from_trash(store: Store, oid: ObjectId) -> bool:
                 store.index.add_pack(name, size, entries)
                 return True
     return False
+
+
+def secure(store: Store, objects: Iterable[ObjectId], *, fresh: set[ObjectId]) -> None:
+    """Make sure that objects about to become reachable are all there, and make the packs that hold them young again.
+
+    `fresh` packs were just written. What a gc took meanwhile comes back from the trash; raises Damaged if it cannot.
+    """
+    packs: set[ObjectId] = set()
+    for oid in objects:
+        packs.add(_holder(store, oid, packs | fresh))
+    for pack in packs - fresh:
+        durable.touch(store.pack_path(pack))
+
+
+def _holder(store: Store, oid: ObjectId, known: set[ObjectId]) -> ObjectId:
+    """A pack that holds an object and exists; brought back from the trash if it must be."""
+    for attempt in range(3):
+        for location in store.index.locate(oid):
+            if location.pack in known or store.pack_path(location.pack).exists():
+                return location.pack
+        if attempt == 0:
+            sync_index(store)
+        elif attempt == 1:
+            restore_from_trash(store, oid)
+    raise Damaged(
+        f"object {oid.short} was removed while it was being used", hint="run the command again: it will be stored anew"
+    )

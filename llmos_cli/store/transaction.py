@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from llmos_cli.errors import Damaged
 from llmos_cli.formats.ids import ObjectId, object_id
 from llmos_cli.formats.manifest import FileEntry, Manifest, encode_manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Progress, Silent, Task
-from llmos_cli.store import durable
 from llmos_cli.store.handle import Store
 from llmos_cli.store.ingest import Tensor, put_path, put_stream, put_tensors
 from llmos_cli.store.leases import hold
-from llmos_cli.store.packs import restore_from_trash, sync_index
+from llmos_cli.store.packs import secure
 from llmos_cli.store.pipeline import Pipeline, open_pipeline
+from llmos_cli.store.reach import objects_of
 from llmos_cli.store.refs import read_ref, update_ref
 
 __all__ = ["Commit", "Tensor", "Transaction", "begin"]
@@ -76,7 +75,7 @@ class Transaction:
         if oid not in self.store.index.manifests(str(oid)):
             self._pipeline.put_manifest(oid, data)
         written = self._pipeline.finish()
-        _secure(self.store, oid, manifest, fresh=set(written.packs))
+        secure(self.store, set(objects_of(oid, manifest)), fresh=set(written.packs))
         unchanged = self.ref is not None and self.expected == oid
         if self.ref is not None:
             update_ref(self.store, self.ref, oid, expected=self.expected, message=message)
@@ -102,28 +101,3 @@ def begin(
         task = stack.enter_context((progress or Silent()).task(purpose, total=total))
         pipeline = stack.enter_context(open_pipeline(store))
         yield Transaction(store, ref, current.id if current else None, pipeline, task)
-
-
-def _secure(store: Store, oid: ObjectId, manifest: Manifest, *, fresh: set[ObjectId]) -> None:
-    """Every object the manifest needs must be there before it is published; packs it shares become young again."""
-    needed = {chunk.id for entry in manifest.files for chunk in entry.chunks} | {oid}
-    packs: set[ObjectId] = set()
-    for needed_id in needed:
-        packs.add(_holder(store, needed_id, packs | fresh))
-    for pack in packs - fresh:
-        durable.touch(store.pack_path(pack))
-
-
-def _holder(store: Store, oid: ObjectId, known: set[ObjectId]) -> ObjectId:
-    """A pack that holds an object and exists; brought back from the trash if it must be."""
-    for attempt in range(3):
-        for location in store.index.locate(oid):
-            if location.pack in known or store.pack_path(location.pack).exists():
-                return location.pack
-        if attempt == 0:
-            sync_index(store)
-        elif attempt == 1:
-            restore_from_trash(store, oid)
-    raise Damaged(
-        f"object {oid.short} was removed while it was being used", hint="run the command again: it will be stored anew"
-    )

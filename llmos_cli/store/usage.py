@@ -26,13 +26,16 @@ class RefUsage:
 
 @dataclass(frozen=True)
 class Usage:
-    """`logical` sums the refs; `physical` is what all packs take on disk; `unreachable` of it is used by no ref;
-    `trash` waits to be unlinked."""
+    """`logical` sums the refs' files and `needed` is what they take as stored; `physical` is what all packs take on disk.
+
+    The rest of it, `other`, is earlier values of refs and what nothing needs any more; `trash` waits to be unlinked.
+    """
 
     refs: tuple[RefUsage, ...]
     logical: int
+    needed: int
     physical: int
-    unreachable: int
+    other: int
     trash: int
     packs: int
 
@@ -60,4 +63,5 @@ def usage(store: Store) -> Usage:
     needed = sum(stored.get(oid, 0) for oid in users)
     trash = sum(path.stat().st_size for path in list_packs(store.trash).values())
     logical = sum(ref.logical for ref in refs)
-    return Usage(refs, logical, sum(packs), max(0, sum(stored.values()) - needed), trash, len(packs))
+    physical = sum(packs)
+    return Usage(refs, logical, needed, physical, max(0, physical - needed), trash, len(packs))

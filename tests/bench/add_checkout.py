@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from llmos_cli.formats.safetensors import encode_header
 
+from llmos_cli.formats.safetensors import encode_header
 from tests.bench.measure import alternate, missing, print_machine, report, timed
 
 LLMOS = [sys.executable, "-m", "llmos_cli", "-q"]

@@ -1,0 +1,119 @@
+"""`llmos log`: a ref's history and what its object was made from."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmos_cli.ui.session import session
+from llmos_cli.ui.text import plural, safe_line, size, when
+from llmos_cli.ui.tree import tree_lines
+
+if TYPE_CHECKING:
+    from llmos_cli.formats.ids import ObjectId
+    from llmos_cli.formats.manifest import Recipe
+    from llmos_cli.store.lineage import Ancestor, Lineage
+
+SHOWN_SOURCES = 3
+SHOWN_PARAMS = 6
+
+
+def log(
+    ctx: typer.Context,
+    ref: Annotated[str, typer.Argument(metavar="REF", help="Whose history.", show_default=False)],
+) -> None:
+    """Show a ref's history, newest first, and the tree of what it was made from.
+
+    The values are REF, REF~1, REF~2 and so on; each can be shown, checked out or tagged.
+
+    Examples:
+      llmos log tiny
+      llmos log tiny:v1 --json
+      llmos log @3f2a9c01
+    """
+    from llmos_cli.formats.names import parse_target
+    from llmos_cli.store.lineage import trace
+    from llmos_cli.store.refs import ref_history
+    from llmos_cli.store.resolve import resolve
+
+    here = session(ctx)
+    target = parse_target(ref)
+    with here.open_store() as store:
+        source = resolve(store, ref)
+        moves = ref_history(store, target.ref) if target.ref else []
+        lineage = trace(store, source.id)
+    history = [
+        {"sequence": move.sequence, "id": str(move.id), "time": move.time, "who": move.who, "message": move.message}
+        for move in moves
+    ]
+    objects = {str(oid): _as_json(ancestor) for oid, ancestor in lineage.objects.items()}
+    here.out.result({"ref": source.label, "id": str(source.id), "history": history, "objects": objects})
+    if target.ref:
+        here.out.line(f"History of {target.ref}")
+        rows = [
+            ["  " + (f"~{back}" if back else "now"), move.id.short, when(move.time), move.who, move.message]
+            for back, move in enumerate(moves)
+        ]
+        here.out.table(["  value", "id", "when", "who", "what"], rows)
+        here.out.line()
+    here.out.line("Made from")
+    for line in _tree(lineage, source.label, plain=here.out.plain):
+        here.out.line("  " + line)
+
+
+def _tree(lineage: "Lineage", label: str, *, plain: bool) -> Sequence[str]:
+    """The lineage as lines: an object, below it the command that made it, below that its inputs and sources."""
+    shown: set[ObjectId] = set()
+
+    def children(node: tuple[str, Any]) -> list[tuple[str, Any]]:
+        kind, value = node
+        if kind == "command":
+            inputs = [(f"{role}: ", oid) for role, oid in sorted(value.inputs.items())]
+            return inputs + ([("sources", value.sources)] if value.sources else [])
+        if kind == "sources" or value in shown:
+            return []
+        shown.add(value)
+        manifest = lineage.objects[value].manifest
+        return [("command", manifest.recipe)] if manifest and manifest.recipe else []
+
+    def text(node: tuple[str, Any]) -> str:
+        kind, value = node
+        if kind == "command":
+            return _command(value)
+        if kind == "sources":
+            names = [safe_line(source.name) for source in value[:SHOWN_SOURCES]]
+            more = ["..."] if len(value) > SHOWN_SOURCES else []
+            total = size(sum(source.size for source in value))
+            return f"{plural(len(value), 'file')}, {total}: {', '.join(names + more)}"
+        return kind + _object(lineage.objects[value], seen=value in shown and bool(lineage.objects[value].inputs))
+
+    return list(tree_lines(("", lineage.root), text, children, plain=plain))
+
+
+def _object(ancestor: "Ancestor", *, seen: bool) -> str:
+    name = f"{ancestor.labels[0]} @{ancestor.id.short}" if ancestor.labels else f"@{ancestor.id.short}"
+    if ancestor.manifest is None:
+        return f"{name}  ({ancestor.problem})"
+    shown = f"{name}  {ancestor.manifest.kind}, {size(ancestor.manifest.size)}"
+    return f"{shown}  (as above)" if seen else shown
+
+
+def _command(recipe: "Recipe") -> str:
+    scalars = [f"{key}={value}" for key, value in recipe.params.items() if isinstance(value, str | int | float)]
+    parts = [recipe.command, *scalars[:SHOWN_PARAMS], *(["..."] if len(scalars) > SHOWN_PARAMS else [])]
+    if recipe.seed is not None:
+        parts.append(f"seed={recipe.seed}")
+    return "by " + safe_line(" ".join(parts))
+
+
+def _as_json(ancestor: "Ancestor") -> dict[str, Any]:
+    from llmos_cli.store.lineage import describe_recipe
+
+    manifest = ancestor.manifest
+    return {
+        "refs": list(ancestor.labels),
+        "problem": ancestor.problem,
+        "kind": manifest and manifest.kind,
+        "size": manifest and manifest.size,
+        "recipe": describe_recipe(manifest.recipe) if manifest and manifest.recipe else None,
+    }

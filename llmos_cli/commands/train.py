@@ -1,0 +1,180 @@
+"""`llmos train`: make a model out of token shards."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmos_cli.errors import from_os_error
+from llmos_cli.ui.session import session
+from llmos_cli.ui.text import count, duration, size
+
+if TYPE_CHECKING:
+    from llmos_cli.formats.canonical import Json
+    from llmos_cli.train.plan import Plan
+    from llmos_cli.train.result import Trained
+    from llmos_cli.train.run import Started
+    from llmos_cli.train.saver import Saved
+    from llmos_cli.ui.output import Output
+
+
+def train(
+    ctx: typer.Context,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME[:TAG]", help="The model's ref; NAME:checkpoint holds its checkpoints.")
+    ],
+    *,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="REF", help="The dataset to train on.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="REF", help="Start from this model.", show_default=False)
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option("--depth", metavar="N", help="Start from a new Llama with N layers of width 64 N.  [default: 2]"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="Start from a new model of a config.json.", show_default=False),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Optimizer steps.  [default: 1000]")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", metavar="N", help="Rows in a step.  [default: 8]")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", metavar="X", help="Peak learning rate.  [default: 0.001, from a model 0.00005]"),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", metavar="fp32|bf16", help="Of the arithmetic.  [default: fp32]")
+    ] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option("--save-every", metavar="N", help="Steps between checkpoints.  [default: about ten in a run]"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="S", help="Of weights and data order.  [default: 0]")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option("--accumulate", metavar="N", help="Compute a step in N parts, for less memory.")
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option("--warmup", metavar="N", help="Steps up to the peak rate.  [default: a tenth, at most 100]"),
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option("--clip", metavar="X", help="Longest gradient; 0 is off.  [default: 1]")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option("--weight-decay", metavar="X", help="Of matrices, in AdamW.  [default: 0.1]")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from NAME:checkpoint; options not given are taken from it.")
+    ] = False,
+) -> None:
+    """Train a causal language model on a dataset.
+
+    A checkpoint is one atomic commit. Ctrl-C commits one and exits with 130; after that, or after a crash, --resume
+    goes on and ends in the same id as a run that was never stopped. The same inputs and options give the same model,
+    at once.
+
+    Examples:
+      llmos train tiny --data web --depth 4 --steps 500 --batch 16
+      llmos train tiny --resume
+      llmos train tuned --data notes --model tiny --steps 100 --lr 1e-4 --precision bf16
+    """
+    from llmos_cli.train.config import Options, parse_model_config
+    from llmos_cli.train.plan import hold_run, make_plan
+    from llmos_cli.train.result import publish_model, use_made
+
+    here = session(ctx)
+    options = Options(
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        precision=precision,
+        seed=seed,
+        accumulate=accumulate,
+        warmup=warmup,
+        clip=clip,
+        weight_decay=weight_decay,
+        depth=depth,
+        config=None if config is None else parse_model_config(_read(config), str(config)),
+    )
+    with here.open_store() as store, hold_run(store, name):
+        plan = make_plan(store, name, data=data, model=model, options=options, save_every=save_every, resume=resume)
+        for note in plan.notes:
+            here.out.say(note)
+        if plan.made is not None:
+            trained = use_made(store, plan, plan.made)
+        elif plan.resume and plan.start == plan.config.steps:
+            trained = publish_model(store, plan, plan.resume.id, plan.resume.manifest)
+        else:
+            from llmos_cli.train.run import run
+
+            trained = run(
+                store,
+                plan,
+                progress=here.out.progress,
+                started=lambda event: _say_start(here.out, plan, event),
+                saved=lambda event: _say_saved(here.out, plan, event),
+            )
+    here.out.result(_as_json(trained))
+    _show(here.out, plan, trained)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise from_os_error(exc, f"reading {path}") from exc
+
+
+def _say_start(out: "Output", plan: "Plan", event: "Started") -> None:
+    config = plan.config
+    parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
+    out.say(f"{event.architecture}, {count(event.parameters)} parameters, on {event.device}, {config.precision}")
+    out.say(
+        f"{count(config.steps)} steps of {count(event.tokens_per_step)} tokens{parts}, "
+        f"a checkpoint every {count(plan.save_every)} steps"
+    )
+    if event.start:
+        out.say(f"going on from step {count(event.start)} ({plan.checkpoint_ref})")
+
+
+def _say_saved(out: "Output", plan: "Plan", event: "Saved") -> None:
+    out.detail(
+        f"{plan.checkpoint_ref} @{event.commit.id.short}: step {count(event.step)}, "
+        f"{size(event.commit.stored)} stored in {duration(event.seconds)}"
+    )
+
+
+def _as_json(trained: "Trained") -> "dict[str, Json]":
+    rate = trained.tokens_per_second
+    return {
+        "id": str(trained.id),
+        "ref": str(trained.ref),
+        "kind": "model",
+        "step": trained.step,
+        "loss": trained.loss,
+        "tokens": trained.tokens,
+        "tokens_per_second": None if rate is None else round(rate, 1),
+        "checkpoint": None if trained.checkpoint is None else str(trained.checkpoint),
+        "log": None if trained.log is None else str(trained.log),
+        "unchanged": trained.unchanged,
+    }
+
+
+def _show(out: "Output", plan: "Plan", trained: "Trained") -> None:
+    verb = "was made before:" if trained.unchanged else "is"
+    rate = "" if trained.tokens_per_second is None else f", {count(round(trained.tokens_per_second))} tokens/s"
+    out.line(
+        f"model {trained.ref} @{trained.id.short} {verb} step {count(trained.step)}, loss {trained.loss:.4f}, "
+        f"{count(trained.tokens)} tokens{rate}"
+    )
+    if trained.checkpoint is not None:
+        out.line(f"checkpoint {plan.checkpoint_ref} @{trained.checkpoint.short}")
+    if trained.log is not None:
+        out.say(f"metrics: {trained.log}")
+    out.hint(f"llmos eval {plan.label} --data {plan.data_label}")
+    out.hint(f"llmos quantize {plan.label} {trained.ref.name}-int8")
+    out.hint(f"llmos serve {plan.label}")

@@ -1,0 +1,195 @@
+"""Models out of the store: configuration, weights and generation defaults put together by transformers, in memory.
+
+The parameters are exactly the stored bits in the stored dtype, unless another dtype is asked for; anything missing,
+left over or of another shape is an error, never a random value. No network, no code from model files, no output.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from llmos_cli.errors import Damaged, LlmosError, UsageError
+from llmos_cli.formats import canonical
+from llmos_cli.formats.manifest import Manifest
+from llmos_cli.models import config as configs
+from llmos_cli.models.quantized import SCALE, prepare_quantized, read_scheme, tie_scales
+from llmos_cli.models.quiet import quiet
+from llmos_cli.models.weights import load_state_dict
+from llmos_cli.progress import Progress, Silent
+from llmos_cli.store.local import Store
+from llmos_cli.store.objects import read_file
+
+load_config = configs.load_config
+llama_config = configs.llama_config
+
+_GENERATION_FILE = "generation_config.json"
+_REPORT = "LOAD REPORT"  # transformers' table of keys that do not fit, which are errors here
+_NAMED = 5  # keys an error lists before it counts the rest
+
+
+def load_model(
+    store: Store,
+    manifest: Manifest,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """The stored model, plain or int8, in eval mode on `device`.
+
+    `dtype` converts floating parameters (not int8 weights and their scales); without it they stay as stored, except
+    that modules which transformers declares to need float32 are widened to it. The caller's random state is untouched.
+    """
+    progress = progress or Silent()
+    config = configs.load_config(store, manifest)
+    state = load_state_dict(store, manifest, progress=progress)
+    model = build_model(config, state, dtype=dtype, progress=progress)
+    entry = manifest.file(_GENERATION_FILE)
+    if entry is not None:
+        model.generation_config = _generation_config(read_file(store, entry))
+    return model.to(device)
+
+
+def build_model(
+    config: PretrainedConfig,
+    state: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> PreTrainedModel:
+    """A model of `config` that takes the tensors of `state` as its own memory; raises Damaged if they do not fit."""
+    cls = model_class(config)
+    quantization = getattr(config, "quantization_config", None)
+    scheme = None if quantization is None else read_scheme(quantization)
+
+    def prepare(model: PreTrainedModel) -> None:
+        if scheme is not None:
+            prepare_quantized(model, scheme.config())
+        if dtype is None:
+            _adopt_dtypes(model, state)
+
+    if scheme is not None:
+        # transformers would hand the model to its own quantizer, which needs another package and decompresses it.
+        config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    prepared = _with_last_step(cls, prepare)
+    try:
+        with quiet() as messages, torch.random.fork_rng(devices=[]):
+            model, info = prepared.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(state),
+                dtype=dtype or _main_dtype(state),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+    except configs.BAD_CONFIG as exc:
+        raise Damaged(f"{configs.CONFIG_FILE} and the weights make no model: {configs.one_line(exc)}") from exc
+    model.__class__ = cls
+    if scheme is not None:
+        info["missing_keys"] -= tie_scales(model, info["missing_keys"])
+        model.config.quantization_config = quantization
+        model.requires_grad_(False)
+    _check_fit(info)
+    for message in messages:
+        if _REPORT not in message:
+            (progress or Silent()).warn(message)
+    return model.eval()
+
+
+def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
+    """A model with random float32 weights, a function of `config` and `seed`; the caller's random state is kept."""
+    cls = model_class(config)
+    config = type(config).from_dict({**config.to_dict(), "dtype": "float32"})
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return cls(config).float()
+    except configs.BAD_CONFIG as exc:
+        raise UsageError(f"this configuration makes no model: {configs.one_line(exc)}") from exc
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model's modules and shapes without memory for its weights."""
+    cls = model_class(config)
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return cls(config)
+    except configs.BAD_CONFIG as exc:
+        raise Damaged(f"{configs.CONFIG_FILE} makes no model: {configs.one_line(exc)}") from exc
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that predicts the next token for this configuration; raises LlmosError where transformers has none."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise LlmosError(f"a {config.model_type} model does not predict next tokens, so llmos cannot run it")
+    cls: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return cls
+
+
+def _with_last_step(cls: type[PreTrainedModel], step: Callable[[PreTrainedModel], None]) -> type[PreTrainedModel]:
+    """`cls` with a constructor that ends in `step`: the one place where from_pretrained lets modules be replaced."""
+
+    def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        cls.__init__(self, *args, **kwargs)
+        step(self)
+
+    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+
+
+def _adopt_dtypes(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
+    """Give each parameter of a meta model the dtype it is stored in, since transformers casts to the parameter's."""
+    prefix = f"{model.base_model_prefix}."
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        stored = state.get(name, state.get(name.removeprefix(prefix)))
+        if stored is None or stored.dtype == parameter.dtype:
+            continue
+        if not (stored.dtype.is_floating_point and parameter.dtype.is_floating_point) or stored.dtype.itemsize < 2:
+            raise LlmosError(f"tensor {name!r} is stored as {stored.dtype}, which this model cannot compute with")
+        owner = model.get_submodule(name.rpartition(".")[0])
+        owner.register_parameter(name.rpartition(".")[2], torch.nn.Parameter(parameter.to(stored.dtype)))
+
+
+def _main_dtype(state: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The dtype of most floating weights; scales of quantized weights do not count."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name, tensor in state.items():
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize >= 2 and not name.endswith(SCALE):
+            sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def _check_fit(info: Mapping[str, Any]) -> None:
+    problems = []
+    if info["missing_keys"]:
+        problems.append(f"missing {_list(info['missing_keys'])}")
+    if info["unexpected_keys"]:
+        problems.append(f"unexpected {_list(info['unexpected_keys'])}")
+    if info["mismatched_keys"]:
+        shapes = [f"{name} {list(stored)} instead of {list(model)}" for name, stored, model in info["mismatched_keys"]]
+        problems.append(f"of another shape {_list(shapes)}")
+    if problems:
+        raise Damaged(
+            f"the weights do not fit {configs.CONFIG_FILE}: {'; '.join(problems)}",
+            hint="llmos show REF lists the tensors; add the model again from a complete folder",
+        )
+
+
+def _list(names: Any) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
+    return ", ".join(ordered[:_NAMED]) + more
+
+
+def _generation_config(data: bytes) -> GenerationConfig:
+    values = canonical.loads(data, _GENERATION_FILE)
+    if not isinstance(values, dict):
+        raise Damaged(f"{_GENERATION_FILE} is not a table")
+    try:
+        with quiet():
+            return GenerationConfig.from_dict(values)
+    except configs.BAD_CONFIG as exc:
+        raise Damaged(f"{_GENERATION_FILE} is not valid: {configs.one_line(exc)}") from exc

@@ -1,0 +1,129 @@
+"""What a remote holds: its packs and, from their footers, its objects.
+
+A pack that the local store has too, by name and size, is not asked for: content names make the local index its cache.
+The other footers are read anew each time, in parallel; keeping them is for a remote that is slow to ask.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
+
+from llmos_cli.errors import Damaged, NotFound
+from llmos_cli.formats.frame import MANIFEST
+from llmos_cli.formats.ids import ObjectId, parse_id
+from llmos_cli.formats.layout import PACK_SUFFIX, PACKS, pack_key
+from llmos_cli.formats.pack import Entry, read_index
+from llmos_cli.progress import Progress
+from llmos_cli.remote.parallel import in_order
+from llmos_cli.remote.transport import Transport
+from llmos_cli.store.handle import Store
+
+_STREAMS: Final = 8
+
+
+@dataclass(frozen=True)
+class RemotePack:
+    """A pack at a remote. `intact` is False once something in it has proven wrong: it is not taken as a whole."""
+
+    name: ObjectId
+    size: int
+    entries: tuple[Entry, ...]
+    intact: bool = True
+
+    @property
+    def key(self) -> str:
+        return pack_key(self.name)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an object can be had."""
+
+    pack: RemotePack
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """`unreadable` are packs whose index cannot be read, by name with the reason; what they hold does not count."""
+
+    packs: Mapping[ObjectId, RemotePack]
+    unreadable: Mapping[ObjectId, str]
+
+    @cached_property
+    def objects(self) -> Mapping[ObjectId, tuple[Place, ...]]:
+        found: dict[ObjectId, tuple[Place, ...]] = {}
+        for name in sorted(self.packs):
+            pack = self.packs[name]
+            for entry in pack.entries:
+                found[entry.id] = (*found.get(entry.id, ()), Place(pack, entry))
+        return found
+
+    def places(self, oid: ObjectId) -> tuple[Place, ...]:
+        return self.objects.get(oid, ())
+
+    def manifest_places(self, oid: ObjectId) -> tuple[Place, ...]:
+        return tuple(place for place in self.places(oid) if place.entry.kind == MANIFEST)
+
+    def without(self, pack: ObjectId, oid: ObjectId | None) -> "Catalog":
+        """The catalog after `pack` has proven wrong: in one object, or (None) only as a whole."""
+        damaged = self.packs[pack]
+        left = tuple(entry for entry in damaged.entries if entry.id != oid)
+        return replace(self, packs={**self.packs, pack: replace(damaged, entries=left, intact=False)})
+
+
+def read_catalog(store: Store, transport: Transport, progress: Progress) -> Catalog:
+    """List a remote's packs and read what they hold; packs that cannot be read are left out with a warning."""
+    known = store.index.packs()
+    packs: dict[ObjectId, RemotePack] = {}
+    unknown: list[tuple[ObjectId, int]] = []
+    for name, size in list_remote_packs(transport).items():
+        if known.get(name) == size:
+            packs[name] = RemotePack(name, size, tuple(store.index.entries(name)))
+        else:
+            unknown.append((name, size))
+
+    def read(item: tuple[ObjectId, int]) -> RemotePack | tuple[ObjectId, str] | None:
+        try:
+            return read_remote_pack(transport, *item)
+        except NotFound:
+            return None  # a gc there took it
+        except Damaged as exc:
+            return item[0], exc.message
+
+    unreadable: dict[ObjectId, str] = {}
+    with closing(in_order(read, unknown, workers=_STREAMS)) as found:  # type: ignore[type-var]
+        for item in found:
+            if isinstance(item, RemotePack):
+                packs[item.name] = item
+            elif item:
+                unreadable[item[0]] = item[1]
+    for reason in unreadable.values():
+        progress.warn(reason)
+    return Catalog(packs, unreadable)
+
+
+def read_remote_pack(transport: Transport, name: ObjectId, size: int) -> RemotePack:
+    """One pack's index, by range reads; raises Damaged naming pack and remote, NotFound if it is gone."""
+    key = pack_key(name)
+    try:
+        return RemotePack(name, size, read_index(lambda start, end: transport.read(key, start, end), size))
+    except Damaged as exc:
+        raise type(exc)(f"{exc.message} ({key} at {transport.url})", hint=exc.hint) from exc
+
+
+def list_remote_packs(transport: Transport) -> dict[ObjectId, int]:
+    """The packs at a remote and their sizes; whatever else lies there is passed over."""
+    return dict(_packs(transport.list(f"{PACKS}/")))
+
+
+def _packs(listing: Iterable[tuple[str, int]]) -> Iterable[tuple[ObjectId, int]]:
+    for key, size in listing:
+        try:
+            name = parse_id(key.rpartition("/")[2].removesuffix(PACK_SUFFIX))
+        except Damaged:
+            continue
+        if key == pack_key(name):
+            yield name, size

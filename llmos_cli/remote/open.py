@@ -1,0 +1,161 @@
+"""From what a user typed, a remote's name or a URL, to a transport. The one place that knows URL schemes.
+
+A URL never names a program to run: schemes are an allow-list, and nothing here starts a process.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote
+
+from llmos_cli.config import Config
+from llmos_cli.errors import Damaged, NotFound, Unsafe, UsageError
+from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, check_format
+from llmos_cli.formats.names import RefName
+from llmos_cli.remote.folder import FolderTransport
+from llmos_cli.remote.transport import Transport
+from llmos_cli.store.handle import Store
+from llmos_cli.store.local import STORE_FOLDER, save_config
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_KNOWN: Final = "this version knows folders: a path, or file:///PATH; s3, gs, az and hdfs come later"
+
+
+@dataclass(frozen=True)
+class Remote:
+    """`name` is None if the user typed a URL; `label` is what messages call it and what the next command can use."""
+
+    name: str | None
+    transport: Transport
+
+    @property
+    def label(self) -> str:
+        return self.name or self.transport.url
+
+
+def normal_url(text: str, cwd: Path) -> str:
+    """What to keep of a URL that a user typed: folders by their absolute path; raises UsageError."""
+    return str(_folder(text, cwd))
+
+
+def open_transport(url: str) -> Transport:
+    """The transport for a URL from `normal_url`. DIR/.llmos is meant where DIR holds a store."""
+    root = _folder(url, Path("/"))
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is not a folder", hint=_KNOWN)
+    inside = root / STORE_FOLDER
+    if not (root / FORMAT_FILE).exists() and (inside / FORMAT_FILE).exists():
+        root = inside
+    return FolderTransport(root)
+
+
+def find_remote(store: Store, text: str, cwd: Path) -> Remote:
+    """The remote of this name, or at this URL; raises NotFound with the nearest name, UsageError for the store itself."""
+    remotes = store.config.remotes
+    if text in remotes:
+        remote = Remote(text, open_transport(remotes[text]))
+    elif _is_url(text):
+        remote = Remote(None, open_transport(normal_url(text, cwd)))
+    else:
+        near = difflib.get_close_matches(text, list(remotes), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"name it first: llmos remote add {text} URL"
+        raise NotFound(f"no remote {text[:200]!r}", hint=hint)
+    transport = remote.transport
+    if isinstance(transport, FolderTransport) and transport.root.resolve() == store.root.resolve():
+        raise UsageError(f"{text} is this store itself", hint="use another folder as the remote")
+    return remote
+
+
+def add_remote(store: Store, name: str, url: str, cwd: Path) -> str:
+    """Give a URL a name; returns the URL as kept. Raises Unsafe for a folder that holds something else."""
+    check_remote_name(name)
+    kept = normal_url(url, cwd)
+    known = store.config.remotes.get(name)
+    if known not in (None, kept):
+        raise UsageError(f"remote {name!r} is {known} already", hint=f"llmos remote rm {name}")
+    is_ready(open_transport(kept))
+    _save(store, {**store.config.remotes, name: kept})
+    return kept
+
+
+def remove_remote(store: Store, name: str) -> str:
+    """Forget a name; nothing is deleted at the remote. Returns its URL."""
+    remotes = dict(store.config.remotes)
+    if name not in remotes:
+        raise NotFound(f"no remote {name[:200]!r}", hint="list them: llmos remote ls")
+    url = remotes.pop(name)
+    _save(store, remotes)
+    return url
+
+
+def is_ready(transport: Transport) -> bool:
+    """Whether there is an llmos remote; False if there is nothing yet. Raises Unsafe if there is something else,
+    UnknownVersion or Damaged for its FORMAT."""
+    try:
+        data = transport.read(FORMAT_FILE, 0, 4 * len(FORMAT_TEXT) + 64)
+    except NotFound:
+        other = next((key for key, _ in transport.list("")), None)
+        if other is None:
+            return False
+        raise Unsafe(
+            f"{transport.url} is not empty and is no llmos remote: it holds {other[:200]!r}",
+            hint="use an empty or a new folder",
+        ) from None
+    try:
+        check_format(data)
+    except Damaged as exc:
+        raise type(exc)(f"{exc.message} ({transport.url})", hint=exc.hint) from exc
+    return True
+
+
+def require_ready(transport: Transport) -> None:
+    """Raise NotFound unless there is an llmos remote to read from."""
+    try:
+        ready = is_ready(transport)
+    except Unsafe as exc:
+        raise NotFound(f"no llmos remote at {transport.url}", hint="check the URL: llmos remote ls") from exc
+    if not ready:
+        raise NotFound(
+            f"no llmos remote at {transport.url}: nothing is there", hint="the first push makes it: llmos push"
+        )
+
+
+def check_remote_name(name: str) -> str:
+    """Return `name` if it may name a remote: the rules of a ref's name; raises UsageError."""
+    try:
+        return RefName(name).name
+    except UsageError as exc:
+        raise UsageError(
+            f"malformed remote name {name[:200]!r}",
+            hint="use letters, digits, '.', '_', '+', '-', starting with a letter or digit",
+        ) from exc
+
+
+def _save(store: Store, remotes: Mapping[str, str]) -> None:
+    save_config(store, Config(store.config.gc, remotes))
+
+
+def _is_url(text: str) -> bool:
+    return text in (".", "..") or "/" in text or ":" in text
+
+
+def _folder(text: str, cwd: Path) -> Path:
+    if not text or not text.isprintable():
+        raise UsageError(f"malformed URL {text[:200]!r}", hint=_KNOWN)
+    match = _SCHEME.match(text)
+    path = text
+    if match and match[1].lower() == "file" and text[5:].startswith("//"):
+        host, slash, rest = text[7:].partition("/")
+        path = "/" + unquote(rest)
+        if host not in ("", "localhost") or not slash or not path.isprintable():
+            raise UsageError(f"malformed URL {text[:200]!r}", hint="write file:///PATH; it names no host")
+    elif match:
+        raise UsageError(
+            f"unknown URL scheme {match[1][:40]!r} in {text[:200]!r}",
+            hint=f"{_KNOWN}; a path that has a colon is written ./{text[:40]}",
+        )
+    folder = cwd / path
+    return folder.resolve() if ".." in folder.parts else folder

@@ -1,0 +1,43 @@
+"""A server beside other work: on a free loopback port, in a thread, for as long as a block runs."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+from llmos_cli.errors import LlmosError
+from llmos_cli.serve.app import Served, build_app
+from llmos_cli.serve.engine import Engine
+from llmos_cli.serve.server import HttpServer, allowed_hosts, bind, url_of
+from llmos_cli.serve.worker import Worker
+
+START_SECONDS = 30.0
+
+
+@contextmanager
+def serving(
+    engine: Engine,
+    served: Served,
+    *,
+    fault: Callable[[str], None],
+    waiting: int = 16,
+    drain_seconds: int = 5,
+) -> Iterator[str]:
+    """Answer requests while the block runs; gives the URL."""
+    host = "127.0.0.1"
+    with closing(bind(host, 0)) as bound:
+        worker = Worker(engine, waiting=waiting)
+        app = build_app(worker, served, hosts=allowed_hosts(bound, host), fault=fault)
+        started = threading.Event()
+        server = HttpServer(app, bound, started.set, drain_seconds=drain_seconds)
+        thread = threading.Thread(target=server.run, name="llmos-http", daemon=True)
+        url = url_of(bound)
+        worker.start()
+        thread.start()
+        try:
+            if not started.wait(START_SECONDS):
+                raise LlmosError(f"the server at {url} did not start within {START_SECONDS:.0f} seconds")
+            yield url
+        finally:
+            server.stop()
+            thread.join()
+            worker.stop()

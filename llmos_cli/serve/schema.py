@@ -1,0 +1,219 @@
+"""What a request may say: OpenAI's field names, strict types, and the bounds of every number in one table.
+
+Nothing is coerced and nothing is ignored. A field that is not supported is accepted only with the value that changes
+nothing, because official clients send some of those; any other value is refused by name.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from llmos_cli.serve.refusal import Refused
+from llmos_cli.serve.sampling import Sampling
+
+# The bounds of every field.
+MaxTokens = Annotated[int, Field(ge=1, le=1 << 20)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=0, le=1 << 20)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+ModelName = Annotated[str, Field(min_length=1, max_length=512)]
+User = Annotated[str, Field(max_length=512)]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+STOPS: Final = 4
+MESSAGES: Final = 4096
+
+# Fields that are not supported, with the values that mean "leave it off".
+_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "n": (None, 1),
+    "presence_penalty": (None, 0),
+}
+NEUTRAL_COMPLETION: Final = _NEUTRAL | {
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "logprobs": (None,),
+    "suffix": (None,),
+}
+NEUTRAL_CHAT: Final = _NEUTRAL | {
+    "audio": (None,),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "logprobs": (None, False),
+    "metadata": (None, {}),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "store": (None, False),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "top_logprobs": (None,),
+}
+NEUTRAL_MESSAGE: Final[dict[str, tuple[Any, ...]]] = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "refusal": (None,),
+    "tool_calls": (None, []),
+}
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _one_prompt(value: Any) -> str | list[int]:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str | list) for item in value):
+        raise PydanticCustomError("value_prompts", "one prompt a request: send a string or a list of token ids")
+    raise PydanticCustomError("prompt_type", "Input should be a string, a list of one string, or a list of token ids")
+
+
+Stops = Annotated[list[StopText], Field(max_length=STOPS), BeforeValidator(_listed)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+
+
+class _Request(_Strict):
+    model: ModelName
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    seed: Seed | None = None
+    stop: Stops | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: User | None = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> "_Request":
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("stream_options", "stream_options is only for stream: true")
+        return self
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def _sampling(self, max_tokens: int | None) -> Sampling:
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+        )
+
+
+class CompletionRequest(_Request):
+    """`max_tokens` is 16 unless given, as OpenAI has it."""
+
+    prompt: Annotated[Any, PlainValidator(_one_prompt)]
+    max_tokens: MaxTokens | None = None
+
+    def sampling(self) -> Sampling:
+        return self._sampling(16 if self.max_tokens is None else self.max_tokens)
+
+
+class Message(_Strict):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class ChatRequest(_Request):
+    """`max_tokens` is what the context leaves unless given; `max_completion_tokens` is its newer name."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "ChatRequest":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise PydanticCustomError("max_tokens", "max_tokens and max_completion_tokens disagree")
+        return self
+
+    def sampling(self) -> Sampling:
+        return self._sampling(self.max_completion_tokens if self.max_tokens is None else self.max_tokens)
+
+
+def read_completion(body: Any) -> CompletionRequest:
+    """Check the body of a completion request; raises Refused, naming the field."""
+    return _validated(CompletionRequest, _without_neutral(_table(body), NEUTRAL_COMPLETION))
+
+
+def read_chat(body: Any) -> ChatRequest:
+    """Check the body of a chat request; raises Refused, naming the field."""
+    table = _without_neutral(_table(body), NEUTRAL_CHAT)
+    messages = table.get("messages")
+    if isinstance(messages, list):
+        table["messages"] = [
+            _without_neutral(message, NEUTRAL_MESSAGE, f"messages[{index}].") if isinstance(message, dict) else message
+            for index, message in enumerate(messages)
+        ]
+    return _validated(ChatRequest, table)
+
+
+def _table(body: Any) -> dict[str, Any]:
+    if not isinstance(body, dict):
+        raise Refused("the request body is not a JSON object", field="body", reason="invalid_type")
+    return body
+
+
+def _without_neutral(
+    body: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]], prefix: str = ""
+) -> dict[str, Any]:
+    kept = {}
+    for name, value in body.items():
+        if name not in neutral:
+            kept[name] = value
+        elif not any(_same(value, allowed) for allowed in neutral[name]):
+            raise Refused(f"{prefix}{name} is not supported by this server", field=prefix + name, reason="unsupported")
+    return kept
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    return bool(value == allowed) and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+_Model = TypeVar("_Model", bound=_Request)
+
+
+def _validated(model: type[_Model], body: dict[str, Any]) -> _Model:
+    try:
+        return model.model_validate(body)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+    field = _field(first["loc"]) or first["type"]
+    kind = first["type"]
+    if kind == "missing":
+        raise Refused(f"{field} is missing", field=field, reason="missing_required_parameter")
+    if kind == "extra_forbidden":
+        raise Refused(f"unknown field {field!r}", field=field, reason="unknown_parameter")
+    reason = "invalid_type" if kind.endswith("_type") else "invalid_value"
+    raise Refused(f"{field}: {first['msg']}", field=field, reason=reason)
+
+
+def _field(path: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part[:100]}" if text else part[:100]
+    return text

@@ -1,0 +1,65 @@
+"""The one place that builds an `Accelerator`: which device, which precision, nothing else delegated.
+
+Checkpoints, data order, random state and loss normalisation stay ours; accelerate places, casts and clips.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from llmos_cli.errors import UsageError
+
+_MIXED = {"fp32": "no", "bf16": "bf16"}
+
+
+@contextmanager
+def open_accelerator(precision: str) -> Iterator[Accelerator]:
+    """An Accelerator for one run. Its state is process-wide, so it is cleared before and after: runs do not mix."""
+    cuda = torch.cuda.is_available()
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
+        raise UsageError(f"{torch.cuda.get_device_name()} has no bf16", hint="use --precision fp32")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    _forget()
+    try:
+        # Without cpu=True a machine without a GPU would train every process of a launcher alone, in silence.
+        built = Accelerator(mixed_precision=_MIXED[precision], cpu=not cuda)
+        if built.num_processes != 1:
+            raise UsageError(
+                f"{built.num_processes} processes were launched, but training runs in one",
+                hint="start llmos without a launcher",
+            )
+        # A launcher's environment may set this; accumulation is ours, and backward() would divide twice.
+        built.gradient_accumulation_steps = 1
+        with _deterministic(cuda=cuda):
+            yield built
+        built.free_memory()
+    finally:
+        _forget()
+
+
+@contextmanager
+def _deterministic(*, cuda: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # On CUDA cuBLAS wants its workspace set before the process starts and would fail instead of computing.
+    torch.use_deterministic_algorithms(True, warn_only=cuda)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _forget() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def describe(device: torch.device) -> str:
+    """The device in words: "cpu, 2 threads" or the card's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' if threads != 1 else ''}"

@@ -1,0 +1,92 @@
+"""Do a dataset and a model fit together? Answered from their small files, without torch or transformers."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from llmos_cli.errors import Damaged, UsageError
+from llmos_cli.formats import canonical
+from llmos_cli.formats.canonical import Json
+from llmos_cli.formats.manifest import FileEntry, Manifest
+from llmos_cli.store.local import Store
+from llmos_cli.store.objects import read_file
+from llmos_cli.train.config import check_trainable
+
+_LENGTH_KEYS: Final = ("max_position_embeddings", "n_positions", "seq_length")
+
+
+def model_config(store: Store, manifest: Manifest, what: str) -> dict[str, Json]:
+    """A model's config.json, parsed without transformers."""
+    entry = manifest.file("config.json")
+    if entry is None:
+        raise UsageError(f"{what} has no config.json", hint="add a Hugging Face model folder with: llmos add DIR NAME")
+    table = canonical.loads(read_file(store, entry), f"config.json of {what}")
+    if not isinstance(table, dict):
+        raise Damaged(f"config.json of {what} is not a table")
+    return table
+
+
+def check_dataset(data: Manifest, label: str) -> None:
+    if data.kind != "dataset":
+        raise UsageError(f"{label} is a {data.kind}, not a dataset", hint="make one with: llmos shard TEXT... NAME")
+    if data.meta.get("task") != "lm":
+        raise UsageError(f"{label} is not a language-modelling dataset (task {data.meta.get('task')!r})")
+    if dataset_number(data, "rows", label) < 1:
+        raise UsageError(
+            f"{label} has fewer tokens than one row of {dataset_number(data, 'seq_len', label)}",
+            hint="shard more text, or shard it with a smaller --seq-len",
+        )
+    if dataset_number(data, "seq_len", label) < 2:
+        raise UsageError(f"{label} has rows of one token, in which there is nothing to predict")
+
+
+def check_parent(store: Store, parent: Manifest, label: str, data: Manifest, data_label: str) -> None:
+    if parent.kind not in ("model", "checkpoint"):
+        raise UsageError(f"{label} is a {parent.kind}, not a model", hint="llmos ls shows what there is")
+    table = model_config(store, parent, label)
+    check_trainable(table, label)
+    check_sizes(table, label, data, data_label)
+    ours, theirs = tokenizer_file(data), tokenizer_file(parent)
+    if ours and theirs and not _same_tokenizer(store, ours, theirs):
+        raise UsageError(
+            f"{data_label} was made with another tokenizer than {label} has",
+            hint=f"shard the text with the model's own: llmos shard ... --tokenizer {label}",
+        )
+
+
+def check_sizes(table: Mapping[str, Json], label: str, data: Manifest, data_label: str) -> None:
+    seq_len, tokens = dataset_number(data, "seq_len", data_label), dataset_number(data, "vocab_size", data_label)
+    vocab = table.get("vocab_size")
+    if isinstance(vocab, int) and tokens > vocab:
+        raise UsageError(
+            f"{data_label} uses a vocabulary of {tokens:,} tokens, more than the {vocab:,} of {label}",
+            hint="use a model with a larger vocab_size, or shard with that model's tokenizer",
+        )
+    for key in _LENGTH_KEYS:
+        longest = table.get(key)
+        if isinstance(longest, int) and seq_len > longest:
+            raise UsageError(
+                f"{data_label} has rows of {seq_len:,} tokens, but {label} takes at most {longest:,} ({key})",
+                hint=f"shard the text again with --seq-len {longest}",
+            )
+
+
+def dataset_number(data: Manifest, key: str, label: str) -> int:
+    value = data.meta.get(key)
+    if type(value) is not int:
+        raise Damaged(f"dataset {label} does not say its {key}")
+    return value
+
+
+def tokenizer_file(manifest: Manifest) -> FileEntry | None:
+    return manifest.file("tokenizer/tokenizer.json") if manifest.kind == "dataset" else manifest.file("tokenizer.json")
+
+
+def _same_tokenizer(store: Store, ours: FileEntry, theirs: FileEntry) -> bool:
+    if ours.chunks == theirs.chunks:
+        return True
+    tables = [canonical.loads(read_file(store, entry), entry.path) for entry in (ours, theirs)]
+    views = [
+        {key: table.get(key) for key in ("model", "added_tokens")} if isinstance(table, dict) else {}
+        for table in tables
+    ]
+    return views[0] == views[1]

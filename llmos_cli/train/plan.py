@@ -1,0 +1,237 @@
+"""What a `train` command will do, decided without torch: inputs, recipe, and where it continues from.
+
+Whatever can be refused is refused here, in the time it takes to read a few small objects.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Final
+
+from llmos_cli import __version__
+from llmos_cli.errors import Damaged, UsageError
+from llmos_cli.formats.ids import ObjectId
+from llmos_cli.formats.manifest import Manifest, Recipe, recipe_key
+from llmos_cli.formats.names import RefName, parse_ref
+from llmos_cli.store.leases import hold_alone
+from llmos_cli.store.local import Store
+from llmos_cli.store.objects import read_manifest
+from llmos_cli.store.recipes import find_made
+from llmos_cli.store.refs import read_ref
+from llmos_cli.store.resolve import resolve
+from llmos_cli.train.config import (
+    Options,
+    TrainConfig,
+    check_save_every,
+    default_save_every,
+    differences,
+    from_params,
+)
+from llmos_cli.train.config import resolve as resolve_config
+from llmos_cli.train.inputs import check_dataset, check_parent, check_sizes, tokenizer_file
+
+CHECKPOINT_TAG: Final = "checkpoint"
+STATE_FOLDER: Final = "training"  # in a checkpoint, what a finished model leaves behind
+STEP_PARAM: Final = "at_step"  # in a checkpoint's recipe, what tells it from the finished model's
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint of some run."""
+
+    id: ObjectId
+    manifest: Manifest
+    recipe: Recipe  # as of the finished model: without the step
+    step: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training run, ready to start. `resume` is where it continues; `made` is the result if it exists already."""
+
+    target: RefName
+    checkpoint_ref: RefName
+    config: TrainConfig
+    recipe: Recipe
+    data_id: ObjectId
+    data: Manifest
+    data_label: str
+    model_id: ObjectId | None
+    model: Manifest | None
+    save_every: int
+    resume: Checkpoint | None
+    made: ObjectId | None
+    notes: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Names the run in logs and leases; tools do not count, so an upgrade keeps the run."""
+        return recipe_key(_without_tools(self.recipe)).short
+
+    @property
+    def label(self) -> str:
+        """The target as one would type it."""
+        return self.target.name if self.target == RefName(self.target.name) else str(self.target)
+
+    @property
+    def start(self) -> int:
+        return self.resume.step if self.resume else 0
+
+
+def hold_run(store: Store, name: str) -> AbstractContextManager[None]:
+    """Be the only trainer of a run, from before the plan to the end; raises Busy naming the other one."""
+    run = parse_ref(name).name
+    return hold_alone(store, f"train-{run}", f"train {run}")
+
+
+def make_plan(
+    store: Store,
+    name: str,
+    *,
+    data: str | None,
+    model: str | None,
+    options: Options,
+    save_every: int | None = None,
+    resume: bool = False,
+) -> Plan:
+    """Decide what to train; raises UsageError, NotFound, Unsafe or Damaged for what cannot be."""
+    target = parse_ref(name)
+    if target.tag == CHECKPOINT_TAG:
+        raise UsageError(f"{target} names the checkpoints of a run", hint=f"write {target.name}")
+    checkpoint_ref = RefName(target.name, CHECKPOINT_TAG)
+    _refuse_other_kind(store, target, "model")
+    found = read_checkpoint(store, checkpoint_ref)
+    recorded = _recorded(found, checkpoint_ref) if found and resume else None
+
+    data_id = resolve(store, data).id if data else recorded.data if recorded else None
+    if data_id is None:
+        raise UsageError("--data is missing", hint="make a dataset with: llmos shard TEXT... NAME")
+    model_id = resolve(store, model).id if model else None
+    if recorded and model is None and options.depth is None and options.config is None:
+        model_id = recorded.model
+    config = resolve_config(options, from_model=model_id is not None, recorded=recorded.config if recorded else None)
+    every = default_save_every(config.steps) if save_every is None else check_save_every(save_every)
+
+    data_label = data or f"@{data_id.short}"
+    dataset = read_manifest(store, data_id)
+    check_dataset(dataset, data_label)
+    parent = None
+    if model_id is not None:
+        parent = read_manifest(store, model_id)
+        check_parent(store, parent, model or f"@{model_id.short}", dataset, data_label)
+    if config.config is not None:
+        check_sizes(config.config, "--config", dataset, data_label)
+
+    inputs = {"data": data_id} | ({"model": model_id} if model_id is not None else {})
+    recipe = Recipe("train", config.params(), inputs, (), config.seed, _tools())
+    made = find_made(store, recipe)
+    notes = []
+    if found is not None and made is None:
+        differs = _differences(config, inputs, found, checkpoint_ref)
+        if resume and differs:
+            raise UsageError(
+                f"{checkpoint_ref} belongs to another run: {'; '.join(differs)}",
+                hint="repeat that run's options, or start anew without --resume (the old checkpoint stays in the log)",
+            )
+        if differs:
+            notes.append(f"{checkpoint_ref} is of another run, which stays in its log: llmos log {checkpoint_ref}")
+            found = None
+        elif not resume and found.step < config.steps:
+            raise UsageError(
+                f"{checkpoint_ref} already holds step {found.step:,} of {config.steps:,} of this run",
+                hint="add --resume to continue it, or drop it with: llmos rm " + str(checkpoint_ref),
+            )
+        if found is not None and found.recipe.tools != recipe.tools:
+            notes.append(
+                f"{checkpoint_ref} was made by other versions: {_tool_changes(found.recipe.tools, recipe.tools)}"
+            )
+    elif resume and made is None:
+        notes.append(f"there is no {checkpoint_ref} yet: starting at step 0")
+    return Plan(
+        target,
+        checkpoint_ref,
+        config,
+        recipe,
+        data_id,
+        dataset,
+        data_label,
+        model_id,
+        parent,
+        every,
+        None if made else found,
+        made,
+        tuple(notes),
+    )
+
+
+def read_checkpoint(store: Store, ref: RefName) -> Checkpoint | None:
+    """The checkpoint that `ref` points to; None if there is none, UsageError if it points to something else."""
+    entry = read_ref(store, ref)
+    if entry is None:
+        return None
+    manifest = read_manifest(store, entry.id)
+    recipe = manifest.recipe
+    if manifest.kind != "checkpoint" or recipe is None or recipe.command != "train":
+        raise UsageError(f"{ref} is not a training checkpoint but a {manifest.kind}", hint="choose another name")
+    params = dict(recipe.params)
+    step = params.pop(STEP_PARAM, None)
+    if type(step) is not int or step < 0:
+        raise Damaged(f"{ref} (@{entry.id.short}) does not say which step it holds")
+    return Checkpoint(entry.id, manifest, replace(recipe, params=params), step)
+
+
+def checkpoint_recipe(recipe: Recipe, step: int) -> Recipe:
+    """The recipe of the checkpoint at `step` of a run."""
+    return replace(recipe, params={**recipe.params, STEP_PARAM: step})
+
+
+def tokenizer_source(plan: Plan) -> Manifest:
+    """Whose tokenizer the trained model carries: the parent's if it has one, else the dataset's."""
+    return plan.model if plan.model is not None and tokenizer_file(plan.model) is not None else plan.data
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    config: TrainConfig
+    data: ObjectId | None
+    model: ObjectId | None
+
+
+def _recorded(checkpoint: Checkpoint, ref: RefName) -> _Recorded:
+    recipe = checkpoint.recipe
+    config = from_params(recipe.params, recipe.seed, str(ref))
+    return _Recorded(config, recipe.inputs.get("data"), recipe.inputs.get("model"))
+
+
+def _differences(config: TrainConfig, inputs: Mapping[str, ObjectId], found: Checkpoint, ref: RefName) -> list[str]:
+    theirs = found.recipe.inputs
+    roles = [
+        f"{role} ({_short(inputs.get(role))} asked, {_short(theirs.get(role))} in the checkpoint)"
+        for role in sorted({*inputs, *theirs})
+        if inputs.get(role) != theirs.get(role)
+    ]
+    return roles + differences(config, _recorded(found, ref).config)
+
+
+def _short(oid: ObjectId | None) -> str:
+    return "none" if oid is None else f"@{oid.short}"
+
+
+def _refuse_other_kind(store: Store, ref: RefName, kind: str) -> None:
+    entry = read_ref(store, ref)
+    if entry is not None and (manifest := read_manifest(store, entry.id)).kind != kind:
+        raise UsageError(f"{ref} is a {manifest.kind}, not a {kind}", hint="choose another name for the model")
+
+
+def _tools() -> dict[str, str]:
+    return {"llmos": __version__} | {name: version(name) for name in ("accelerate", "torch", "transformers")}
+
+
+def _without_tools(recipe: Recipe) -> Recipe:
+    return replace(recipe, tools={})
+
+
+def _tool_changes(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+    return ", ".join(f"{name} {theirs.get(name, 'none')} then, {ours.get(name, 'none')} now" for name in names)

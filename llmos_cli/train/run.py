@@ -1,0 +1,223 @@
+"""Training, end to end: builds what a plan names, runs the loop, has checkpoints committed and at last the model."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate.utils import set_seed
+from transformers import PreTrainedModel
+
+from llmos_cli.data.batches import TokenRows
+from llmos_cli.data.order import batch_indices
+from llmos_cli.errors import Damaged, UsageError
+from llmos_cli.formats.canonical import Json
+from llmos_cli.models.config import parse_config
+from llmos_cli.models.load import llama_config, load_model, new_model
+from llmos_cli.models.quiet import quiet
+from llmos_cli.models.tokenizers import load_tokenizer
+from llmos_cli.models.weights import load_state_dict
+from llmos_cli.progress import Progress
+from llmos_cli.store.leases import hold
+from llmos_cli.store.local import Store
+from llmos_cli.store.objects import read_file
+from llmos_cli.train.causal import check_causal
+from llmos_cli.train.checkpoint import POSITION, Position, decode_position, restore
+from llmos_cli.train.device import describe, open_accelerator
+from llmos_cli.train.inputs import dataset_number, model_config
+from llmos_cli.train.loop import Diverged, StepDone, run_steps
+from llmos_cli.train.metrics import RunLog
+from llmos_cli.train.optimizer import build_optimizer
+from llmos_cli.train.plan import STATE_FOLDER, Plan
+from llmos_cli.train.result import Trained, publish_model
+from llmos_cli.train.saver import Saved, Saver
+from llmos_cli.train.signals import stop_flag
+
+_CONFIG_FILE = "config.json"
+_GENERATION_FILE = "generation_config.json"
+_SMOOTHING = 0.9  # of the rate shown while training
+
+
+@dataclass(frozen=True)
+class Started:
+    """What is about to be trained, for a person to read."""
+
+    architecture: str
+    parameters: int
+    tokens_per_step: int
+    device: str
+    start: int
+
+
+def run(
+    store: Store,
+    plan: Plan,
+    *,
+    progress: Progress,
+    started: Callable[[Started], None] = lambda _: None,
+    saved: Callable[[Saved], None] = lambda _: None,
+) -> Trained:
+    """Train as planned and commit the model; raises Interrupted, after a checkpoint, when a signal asked to stop.
+
+    The caller holds the run (`plan.hold_run`) since before the plan was made.
+    """
+    config = plan.config
+    inputs = [oid for oid in (plan.data_id, plan.model_id) if oid is not None]
+    with quiet(), hold(store, f"train {plan.target.name}", inputs), open_accelerator(config.precision) as accelerator:
+        model, small_files = _build(store, plan, progress)
+        _check_model(model, plan)
+        rows = TokenRows(store, plan.data)
+        check_causal(model, rows.seq_len)
+        raw = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
+        prepared, optimizer = accelerator.prepare(model, raw)
+        set_seed(config.seed)
+        position = _restore(store, plan, model, raw)
+        saver = Saver(store, plan, model, raw, small_files=small_files, saved=saved)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        tokens = config.batch * (rows.seq_len - 1)
+        started(Started(type(model).__name__, parameters, tokens, describe(accelerator.device), position.step))
+
+        with stop_flag() as flag, _reporter(store, plan, progress) as reporter:
+
+            def done(event: StepDone) -> None:
+                nonlocal position
+                position = Position(event.step, position.tokens + event.tokens, event.loss)
+                reporter.report(event)
+                if event.step % plan.save_every == 0 and event.step < config.steps:
+                    saver.save(position)
+
+            try:
+                run_steps(
+                    accelerator,
+                    prepared,
+                    optimizer,
+                    config,
+                    start=position.step,
+                    batch=lambda step: rows.row_batch(
+                        batch_indices(plan.data_id, config.seed, step, config.batch, rows.rows)
+                    ),
+                    done=done,
+                    stop=lambda: bool(flag),
+                )
+            except Diverged as exc:
+                raise Diverged(exc.message, hint=f"{saver.where}; try a smaller --lr or a longer --warmup") from exc
+            if position.step > 0:
+                saver.save(position)
+            if position.step < config.steps:
+                raise flag.error(
+                    f"stopped at step {position.step:,} of {config.steps:,}; {saver.where}",
+                    hint=f"go on with: llmos train {plan.label} --resume",
+                )
+            assert saver.last is not None
+            trained = publish_model(store, plan, *saver.last)
+        return replace(trained, tokens_per_second=reporter.tokens_per_second, log=reporter.log.path)
+
+
+def _build(store: Store, plan: Plan, progress: Progress) -> tuple[PreTrainedModel, dict[str, bytes]]:
+    """The model with float32 weights, and the small files that go with it into every checkpoint."""
+    if plan.resume:
+        manifest = plan.resume.manifest
+        entries = [entry for name in (_CONFIG_FILE, _GENERATION_FILE) if (entry := manifest.file(name))]
+        small_files = {entry.path: read_file(store, entry) for entry in entries}
+        return load_model(store, manifest, dtype=torch.float32, progress=progress), small_files
+    if plan.model:
+        model = load_model(store, plan.model, dtype=torch.float32, progress=progress)
+        small_files = {_CONFIG_FILE: _config_file(model, model_config(store, plan.model, "the model"))}
+        if entry := plan.model.file(_GENERATION_FILE):
+            small_files[_GENERATION_FILE] = read_file(store, entry)
+        return model, small_files
+    config = plan.config
+    vocab = dataset_number(plan.data, "vocab_size", "the dataset")
+    if config.config is not None:
+        built = parse_config({"vocab_size": vocab, **config.config})
+    else:
+        assert config.depth is not None
+        tokenizer = load_tokenizer(store, plan.data)
+        built = llama_config(
+            config.depth,
+            vocab,
+            dataset_number(plan.data, "seq_len", "the dataset"),
+            bos=tokenizer.bos_token_id,
+            eos=tokenizer.eos_token_id,
+            pad=tokenizer.pad_token_id,
+        )
+    model = new_model(built, seed=config.seed)
+    small_files = {_CONFIG_FILE: _config_file(model, json.loads(model.config.to_json_string()))}
+    if model.can_generate() and model.generation_config is not None:
+        small_files[_GENERATION_FILE] = model.generation_config.to_json_string().encode()
+    return model, small_files
+
+
+def _config_file(model: PreTrainedModel, table: dict[str, Json]) -> bytes:
+    """config.json of the trained model: what it was built from, and that its weights are float32."""
+    kept = {key: value for key, value in table.items() if key != "torch_dtype"}
+    kept |= {"architectures": [type(model).__name__], "dtype": "float32"}
+    return (json.dumps(kept, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _check_model(model: PreTrainedModel, plan: Plan) -> None:
+    """The same questions as before loading, asked again of what was really built: configs may nest their sizes."""
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    vocab = dataset_number(plan.data, "vocab_size", "the dataset")
+    if vocab > embeddings:
+        raise UsageError(f"the dataset uses {vocab:,} tokens, but the model has embeddings for {embeddings:,}")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    seq_len = dataset_number(plan.data, "seq_len", "the dataset")
+    if isinstance(longest, int) and seq_len > longest:
+        raise UsageError(f"the dataset has rows of {seq_len:,} tokens, but the model takes at most {longest:,}")
+
+
+def _restore(store: Store, plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Position:
+    if plan.resume is None:
+        return Position()
+    what = f"checkpoint @{plan.resume.id.short}"
+    entry = plan.resume.manifest.file(POSITION)
+    position = decode_position(read_file(store, entry) if entry else b"", what)
+    if position.step != plan.start:
+        raise Damaged(f"{what} says step {plan.start} in its recipe and {position.step} in {POSITION}")
+    restore(model, optimizer, load_state_dict(store, plan.resume.manifest, STATE_FOLDER), what)
+    return position
+
+
+class _Reporter:
+    """Turns steps into the log's lines and the live line."""
+
+    def __init__(self, log: RunLog, note: Callable[[str], None], advance: Callable[[int], None]) -> None:
+        self.log, self._note, self._advance = log, note, advance
+        self._tokens, self._seconds, self._rate = 0, 0.0, 0.0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self._tokens / self._seconds if self._seconds else None
+
+    def report(self, event: StepDone) -> None:
+        rate = event.tokens / max(event.seconds, 1e-9)
+        self._rate = _SMOOTHING * self._rate + (1 - _SMOOTHING) * rate if self._rate else rate
+        self._tokens += event.tokens
+        self._seconds += event.seconds
+        self.log.append(
+            {
+                "step": event.step,
+                "loss": event.loss,
+                "lr": event.lr,
+                "grad_norm": event.grad_norm,
+                "tokens": event.tokens,
+                "tokens_per_second": round(rate, 1),
+                "time": round(time.time(), 3),
+            }
+        )
+        self._note(f"loss {event.loss:.2f} · {self._rate:,.0f} tok/s")
+        self._advance(1)
+
+
+@contextmanager
+def _reporter(store: Store, plan: Plan, progress: Progress) -> Iterator[_Reporter]:
+    path = store.root / "logs" / "train" / f"{plan.target.name}-{plan.key}.jsonl"
+    left = plan.config.steps - plan.start
+    with (
+        RunLog(path, progress, resumed_at=plan.start) as log,
+        progress.task("training", total=left, unit="steps") as task,
+    ):
+        yield _Reporter(log, task.note, task.advance)

@@ -1,0 +1,116 @@
+"""How values read: sizes, counts, durations, times, and text that is safe to show.
+
+Pure functions; nothing here writes. What comes from outside (file names, ref logs, prompts) may hold escape sequences:
+`safe` spells them out, so that a name cannot move the cursor or hide a line.
+"""
+
+import re
+from typing import Final
+
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_UNSAFE_LINE = re.compile("[\t\n]|" + _UNSAFE.pattern)
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def size(num_bytes: float) -> str:
+    """`12_345_678` as "12.3 MB" (powers of 1000, as disks are sold)."""
+    sign, value = ("-", -num_bytes) if num_bytes < 0 else ("", num_bytes)
+    if value < 999.5:
+        return f"{sign}{value:.0f} B"
+    power = 0
+    while value >= 999.5 and power < len(_UNITS) - 1:
+        value /= 1000
+        power += 1
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{sign}{value:.{digits}f} {_UNITS[power]}"
+
+
+def count(number: int) -> str:
+    """`1234567` as "1,234,567"."""
+    return f"{number:,}"
+
+
+def duration(seconds: float) -> str:
+    """`200.4` as "3 min 20 s"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def when(iso: str) -> str:
+    """An ISO time in UTC as local "2026-11-23 14:05"; anything else comes back as it is."""
+    from datetime import datetime
+
+    try:
+        return datetime.fromisoformat(iso).astimezone().strftime("%Y-%m-%d %H:%M")
+    except ValueError:
+        return iso
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def plural(number: int, noun: str) -> str:
+    """`plural(2, "file")` is "2 files"."""
+    return f"{count(number)} {noun}" + ("" if number == 1 else "s")
+
+
+def safe(text: str) -> str:
+    """`text` with escape sequences and invisible characters spelled out; new lines and tabs stay."""
+    return _UNSAFE.sub(_spell, text)
+
+
+def safe_line(text: str) -> str:
+    """`text` as one line: as `safe`, and new lines and tabs are spelled out too."""
+    return _UNSAFE_LINE.sub(_spell, text)
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` cut in its middle to `width` characters: the end of a name says as much as its start."""
+    if len(text) <= width:
+        return text
+    if width <= 3:
+        return text[:width]
+    head = (width - 2 + 1) // 2
+    return f"{text[:head]}..{text[len(text) - (width - 2 - head) :]}"
+
+
+def table_lines(
+    columns: list[str], rows: list[list[str]], *, right: frozenset[int] = frozenset(), width: int | None = None
+) -> list[str]:
+    """A table without boxes: a header and a line a row, two spaces between columns.
+
+    Given a `width`, the widest left-aligned columns are shortened until a line fits, but none below 8 characters.
+    """
+    header = [column.upper() for column in columns]
+    cells = [header, *([safe_line(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    if width is not None:
+        free = [index for index in range(len(columns)) if index not in right]
+        while sum(widths) + 2 * (len(widths) - 1) > width:
+            widest = max(free, key=lambda index: widths[index], default=None)
+            if widest is None or widths[widest] <= 8:
+                break
+            widths[widest] -= 1
+    lines = []
+    for row in cells:
+        fields = [
+            cell.rjust(widths[index]) if index in right else shorten(cell, widths[index]).ljust(widths[index])
+            for index, cell in enumerate(row)
+        ]
+        lines.append("  ".join(fields).rstrip())
+    return lines
+
+
+def _spell(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    named = {9: "\\t", 10: "\\n", 13: "\\r"}.get(code)
+    return named or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")

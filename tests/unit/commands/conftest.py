@@ -1,0 +1,73 @@
+"""`llmos(...)` runs one command line in this process, from parsing to exit code, in an empty folder."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmos_cli.app import main
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The last line of stdout, which must be the only one with --json."""
+        (line,) = self.out.splitlines()
+        return json.loads(line)
+
+    @property
+    def error(self) -> Any:
+        return json.loads(self.err.splitlines()[-1])["error"]
+
+
+Llmos = Callable[..., Ran]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, empty; a home without a store; no $LLMOS_STORE."""
+    here = tmp_path / "here"
+    home = tmp_path / "home"
+    here.mkdir()
+    home.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("LLMOS_STORE", raising=False)
+    monkeypatch.setenv("TZ", "UTC")
+    return here
+
+
+@pytest.fixture
+def llmos(folder: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Llmos]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*words: str | Path) -> Ran:
+        capfd.readouterr()
+        code = main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        return Ran(code, out, err)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def store(llmos: Llmos, folder: Path) -> Path:
+    """A store with notes:latest (two values), notes:v1 and model:latest."""
+    assert llmos("init").code == 0
+    (folder / "a.txt").write_text("first\n")
+    (folder / "b.txt").write_text("second\n")
+    assert llmos("add", "a.txt", "notes").code == 0
+    assert llmos("tag", "notes", "notes:v1").code == 0
+    assert llmos("add", "a.txt", "b.txt", "notes").code == 0
+    return folder / ".llmos"

@@ -1,0 +1,130 @@
+"""What the codecs promise in size, and that no payload can make them use more memory than was promised."""
+
+import struct
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import zstandard
+
+from llmos_cli.errors import Damaged, UnknownVersion
+from llmos_cli.formats import codec, limits
+from llmos_cli.formats.codec import OPAQUE, PLANES, RAW, ZSTD, Words
+from llmos_cli.formats.limits import GiB, KiB, MiB
+
+NORMAL = np.random.default_rng(0).standard_normal(MiB // 4).astype(np.float32) * 0.02
+
+
+@pytest.mark.parametrize(
+    ("plain", "words", "chosen", "ratio"),
+    [
+        ((NORMAL.view(np.uint32) >> 16).astype(np.uint16), Words(2, True), PLANES, 0.67),
+        (NORMAL, Words(4, True), PLANES, 0.84),
+        (NORMAL.astype(np.float16), Words(2, True), PLANES, 0.93),
+        (NORMAL.astype(np.float64), Words(8, True), PLANES, 0.90),
+        (np.arange(MiB // 8, dtype=np.int64) % 50_000, Words(8), PLANES, 0.30),
+        (np.zeros(MiB, np.uint8), Words(1), PLANES, 0.001),
+        (np.frombuffer(b"the cat sat on the mat. " * 9999, np.uint8), OPAQUE, ZSTD, 0.01),
+        (np.frombuffer(np.random.default_rng(1).bytes(MiB), np.uint8), OPAQUE, RAW, 1.0),
+        (np.frombuffer(np.random.default_rng(1).bytes(MiB), np.uint8), Words(1), RAW, 1.0),
+        (np.zeros(63, np.uint8), OPAQUE, RAW, 1.0),
+    ],
+    ids=["bf16", "fp32", "fp16", "fp64", "int64", "zeros", "text", "noise", "quantized", "tiny"],
+)
+def test_each_kind_of_data_finds_its_codec(plain: np.ndarray, words: Words, chosen: int, ratio: float) -> None:
+    encoded = codec.encode(memoryview(plain.tobytes()), words)
+    assert encoded.codec == chosen
+    assert encoded.size <= ratio * plain.nbytes
+
+
+def _zstd(size: int, blocks: bytes, *, window_log: int = 20) -> bytes:
+    """A zstd frame by hand: its window, the content size it declares, and whatever blocks."""
+    return struct.pack("<IBBQ", 0xFD2FB528, 0b11 << 6, (window_log - 10) << 3, size) + blocks
+
+
+def _zeros(size: int, *, last: bool) -> bytes:
+    """A block of `size` zero bytes that takes four."""
+    return (size << 3 | 0b10 | last).to_bytes(3, "little") + b"\0"
+
+
+BLOCK = 128 * KiB
+BOMB = _zeros(BLOCK, last=False) * (GiB // BLOCK - 1) + _zeros(BLOCK, last=True)  # 32 KiB -> 1 GiB
+BAD_FRAMES = {
+    "declares 8 GiB": (_zstd(8 * GiB, BOMB), BLOCK),
+    "declares 2^63-1": (_zstd(2**63 - 1, BOMB), BLOCK),
+    "declares nothing": (zstandard.ZstdCompressor(write_content_size=False).compress(bytes(BLOCK)), BLOCK),
+    "1 GiB in 32 KiB": (_zstd(GiB, BOMB), 4 * MiB),
+    "1 GiB, said to be 4 MiB": (_zstd(4 * MiB, BOMB), 4 * MiB),
+    "says more than it holds": (_zstd(2 * BLOCK, _zeros(BLOCK, last=True)), 2 * BLOCK),
+    "no last block": (_zstd(BLOCK, _zeros(BLOCK, last=False)), BLOCK),
+    "no block": (_zstd(BLOCK, b""), BLOCK),
+    "window 2^28": (_zstd(BLOCK, _zeros(BLOCK, last=True), window_log=28), BLOCK),
+    "window 2^41": (_zstd(BLOCK, _zeros(BLOCK, last=True), window_log=41), BLOCK),
+    "two frames": (zstandard.compress(b"x" * 9) * 2, 9),
+    "skippable": (struct.pack("<II", 0x184D2A50, 4) + b"abcd", 4),
+    "empty": (zstandard.compress(b"") + b"x", 0),
+    "needs a dictionary": (struct.pack("<IBBBI", 0xFD2FB528, 0b10_1_00001, 7, 9, 9), 9),
+    "noise": (b"\xde\xad\xbe\xef" * 9, 9),
+    "nothing": (b"", 9),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FRAMES)
+def test_a_bad_zstd_frame_is_damaged(name: str) -> None:
+    payload, size = BAD_FRAMES[name]
+    with pytest.raises(Damaged):
+        codec.decode(ZSTD, 0, False, memoryview(payload), memoryview(bytearray(size)))
+    table = struct.pack("<B3xI", 1, len(payload))
+    with pytest.raises(Damaged):
+        codec.decode(PLANES, 1, False, memoryview(table + payload), memoryview(bytearray(size)))
+
+
+def test_the_handmade_frames_are_right_but_for_their_fault() -> None:
+    out = bytearray(b"x" * BLOCK)
+    frame = _zstd(BLOCK, _zeros(BLOCK, last=True), window_log=limits.ZSTD_WINDOW_LOG)
+    codec.decode(ZSTD, 0, False, memoryview(frame), memoryview(out))
+    assert out == bytes(BLOCK)
+
+
+def test_no_bad_frame_uses_more_memory_than_its_header_promises() -> None:
+    """In a process that may not grow by more than 64 MiB, no frame fails for want of memory."""
+    script = textwrap.dedent(
+        """
+        import pathlib, resource
+        from llmos_cli.errors import Damaged
+        from llmos_cli.formats import codec
+        codec.encode(memoryview(bytes(1 << 16)), codec.Words(2, True))
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (64 << 20),) * 2)
+        for name, (payload, size) in FRAMES.items():
+            try:
+                codec.decode(codec.ZSTD, 0, False, memoryview(payload), memoryview(bytearray(size)))
+            except Damaged as exc:
+                assert "memory" not in exc.message or "window 2^41" in name, (name, exc.message)
+            else:
+                raise SystemExit(f"{name} was accepted")
+        """
+    )
+    script = f"FRAMES = {BAD_FRAMES!r}\n{script}"
+    result = subprocess.run([sys.executable, "-"], input=script, text=True, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_unknown_codec_or_width_is_refused() -> None:
+    with pytest.raises(UnknownVersion):
+        codec.decode(codec.DELTA, 2, True, memoryview(b"xx"), memoryview(bytearray(2)))
+    for width, rotated in ((0, False), (3, False), (16, True), (1, True)):
+        with pytest.raises(Damaged):
+            codec.decode(PLANES, width, rotated, memoryview(bytes(99)), memoryview(bytearray(2)))
+
+
+def test_every_flipped_bit_of_a_planes_table_is_damaged() -> None:
+    plain = (b"\x11\x22\x33\x3c" * 40) + b"!"
+    payload = bytearray(b"".join(map(bytes, codec.encode(memoryview(plain), Words(4, True)).parts)))
+    for bit in range(8 * 8 * 4):
+        payload[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(Damaged):
+            codec.decode(PLANES, 4, True, memoryview(payload), memoryview(bytearray(len(plain))))
+        payload[bit // 8] ^= 1 << bit % 8
