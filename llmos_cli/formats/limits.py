@@ -5,7 +5,7 @@ MiB = 1 << 20
 GiB = 1 << 30
 
 CHUNK_BYTES = 4 * MiB  # plain bytes of a chunk, the grid of big tensors
-MANIFEST_BYTES = 256 * MiB  # plain bytes of a manifest
+MANIFEST_BYTES = 64 * MiB  # plain bytes of a manifest
 PACK_TARGET_BYTES = 64 * MiB  # a pack is closed once it holds this much
 PACK_BYTES = 1 * GiB  # a pack larger than this is refused
 PACK_FRAMES = 1 << 20

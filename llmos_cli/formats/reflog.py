@@ -41,19 +41,21 @@ def parse_entry_name(name: str) -> int | None:
 
 
 def encode_entry(entry: RefEntry) -> bytes:
-    """Two lines: canonical JSON, then its XXH3-64 in hex; raises UsageError for a message that is too long."""
-    body = canonical.encode(
-        {
-            "id": str(entry.id),
-            "message": entry.message,
-            "previous": None if entry.previous is None else str(entry.previous),
-            "ref": str(entry.ref),
-            "sequence": entry.sequence,
-            "time": entry.time,
-            "version": VERSION,
-            "who": entry.who,
-        }
-    )
+    """Two lines: canonical JSON, then its XXH3-64 in hex; raises UsageError for a text that does not fit."""
+    fields: dict[str, canonical.Json] = {
+        "id": str(entry.id),
+        "message": entry.message,
+        "previous": None if entry.previous is None else str(entry.previous),
+        "ref": str(entry.ref),
+        "sequence": entry.sequence,
+        "time": entry.time,
+        "version": VERSION,
+        "who": entry.who,
+    }
+    try:
+        body = canonical.encode(fields)
+    except ValueError as exc:
+        raise UsageError(f"a move of {entry.ref} cannot be written down: {exc}") from exc
     data = body + f"\n{checksum(body):016x}\n".encode()
     if len(data) > limits.REF_FILE_BYTES:
         raise UsageError(f"a move of {entry.ref} takes {len(data)} bytes", hint="use a shorter message")

@@ -120,6 +120,13 @@ def test_an_unknown_codec_or_width_is_refused() -> None:
             codec.decode(PLANES, width, rotated, memoryview(bytes(99)), memoryview(bytearray(2)))
 
 
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_planes_of_no_word_at_all_hold_only_the_tail(width: int) -> None:
+    out = bytearray(b"x" * (width - 1))
+    codec.decode(PLANES, width, width > 1, memoryview(bytes(8 * width) + b"1234567"[: width - 1]), memoryview(out))
+    assert out == b"1234567"[: width - 1]
+
+
 def test_every_flipped_bit_of_a_planes_table_is_damaged() -> None:
     plain = (b"\x11\x22\x33\x3c" * 40) + b"!"
     payload = bytearray(b"".join(map(bytes, codec.encode(memoryview(plain), Words(4, True)).parts)))

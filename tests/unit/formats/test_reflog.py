@@ -63,9 +63,10 @@ def test_a_newer_version_is_named_as_such() -> None:
         decode_entry(sealed(version=2, more="fields"), REF, 2)
 
 
-def test_a_message_that_could_not_be_read_back_is_not_written() -> None:
+@pytest.mark.parametrize("message", ["x" * limits.REF_FILE_BYTES, "add: \udcff"], ids=["too long", "not Unicode"])
+def test_a_message_that_could_not_be_read_back_is_not_written(message: str) -> None:
     with pytest.raises(UsageError):
-        encode_entry(RefEntry(REF, 2, ENTRY.id, None, "", "", "x" * limits.REF_FILE_BYTES))
+        encode_entry(RefEntry(REF, 2, ENTRY.id, None, "", "", message))
 
 
 def test_names_of_moves_sort_as_their_numbers() -> None:
