@@ -8,7 +8,7 @@ _llmos_spec() {
         "")
             opts=(--store --json --quiet -q --verbose -v --version --help -h)
             valued=(--store)
-            verbs=(init add checkout ls show log tag rm du gc fsck shard train eval quantize serve generate doctor completion demo)
+            verbs=(init add checkout ls show log tag rm du gc fsck push pull clone shard train eval quantize serve generate doctor completion demo remote)
             ;;
         "init")
             opts=(--store --json --quiet -q --verbose -v --help -h)
@@ -66,10 +66,27 @@ _llmos_spec() {
             opts=(--quick --reindex --store --json --quiet -q --verbose -v --help -h)
             valued=(--store)
             ;;
+        "push")
+            opts=(--all --force --dry-run --store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(remotes refs)
+            rest=refs
+            ;;
+        "pull")
+            opts=(--all --force --dry-run --store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(remotes refs)
+            rest=refs
+            ;;
+        "clone")
+            opts=(--store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(dirs dirs)
+            ;;
         "shard")
             opts=(--tokenizer --seq-len --shard-size --field --skip-bad --store --json --quiet -q --verbose -v --help -h)
             valued=(--tokenizer --seq-len --shard-size --field --store)
-            places=("files refs")
+            places=(files)
             rest="files refs"
             ;;
         "train")
@@ -110,6 +127,24 @@ _llmos_spec() {
             opts=(--dir --steps --store --json --quiet -q --verbose -v --help -h)
             valued=(--dir --steps --store)
             ;;
+        "remote")
+            opts=(--help -h)
+            verbs=(add ls rm)
+            ;;
+        "remote add")
+            opts=(--store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(refs dirs)
+            ;;
+        "remote ls")
+            opts=(--store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            ;;
+        "remote rm")
+            opts=(--store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(refs)
+            ;;
     esac
 }
 
@@ -117,7 +152,7 @@ _llmos_spec() {
 _llmos_value() {
     kind=
     case "$1 $2" in
-        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store") kind=dirs ;;
+        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store") kind=dirs ;;
         "shard --tokenizer") kind="refs dirs" ;;
         "shard --field" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data") kind=refs ;;
         "train --config") kind=files ;;

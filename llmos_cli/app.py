@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
@@ -27,12 +27,43 @@ from llmos_cli.ui.help import root_help
 from llmos_cli.ui.output import Output
 from llmos_cli.ui.session import Session, session
 
+# Every verb and what it is for, in the words of its own first line of help (a test compares them): the page that lists
+# them must not import them all.
 GROUPS: Final = {
-    "store": ("init", "add", "checkout", "ls", "show", "log", "tag", "rm", "du", "gc", "fsck"),
-    "exchange": ("remote", "push", "pull", "clone"),
-    "make": ("shard", "train", "eval", "quantize"),
-    "run": ("serve", "generate"),
-    "system": ("doctor", "completion", "demo"),
+    "store": {
+        "init": "Make a store for data, models and results.",
+        "add": "Keep a file, several files or a folder under a name.",
+        "checkout": "Write an object's files into a folder, byte for byte.",
+        "ls": "List what the store holds, by name.",
+        "show": "Show an object: kind, size, tensors, how it was made, its files.",
+        "log": "Show a ref's history and the tree of what it was made from.",
+        "tag": "Point another ref to an object; nothing is copied.",
+        "rm": "Remove refs. Their objects stay until 'llmos gc'.",
+        "du": "Show what refs amount to and what they take on disk.",
+        "gc": "Remove what no ref, recent history or running command needs.",
+        "fsck": "Check the store: every pack, object and ref.",
+    },
+    "exchange": {
+        "remote": "Name the places that 'push' and 'pull' exchange with.",
+        "push": "Send refs and what they need to a remote.",
+        "pull": "Fetch refs and what they need from a remote.",
+        "clone": "Make a store in DIR with all refs of a remote.",
+    },
+    "make": {
+        "shard": "Turn text into token shards to train on.",
+        "train": "Train a causal language model on a dataset.",
+        "eval": "Measure a model's perplexity on a dataset and keep the report.",
+        "quantize": "Make a model smaller and say what that costs in quality.",
+    },
+    "run": {
+        "serve": "Answer OpenAI-style requests with a model, without checking it out.",
+        "generate": "Continue a text and print what comes after it.",
+    },
+    "system": {
+        "doctor": "Check Python, libraries, devices, memory, disk and file system.",
+        "completion": "Print a completion script: commands, options, values, refs.",
+        "demo": "Try everything: text to a served, quantized model in about two minutes.",
+    },
 }
 VERBS: Final = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 
@@ -60,10 +91,7 @@ def build(verbs: Iterable[str] = VERBS) -> typer.Typer:
     )
     app.callback(invoke_without_command=True, add_help_option=False)(_root)
     for verb in verbs:
-        try:  # TEMPORARY while rooms are being written
-            module = _module(verb)
-        except ModuleNotFoundError:
-            continue
+        module = importlib.import_module(f"llmos_cli.commands.{verb}")
         subcommands: dict[str, Callable[..., None]] | None = getattr(module, "SUBCOMMANDS", None)
         if subcommands is None:
             register(app, verb, getattr(module, verb))
@@ -148,8 +176,7 @@ def run() -> NoReturn:
 def _show_help(on: bool) -> None:
     if not on:
         return
-    summaries = {group: [(verb, _summary(verb)) for verb in verbs] for group, verbs in GROUPS.items()}
-    Output().line(root_help(summaries, EXIT_CODES))
+    Output().line(root_help(GROUPS, EXIT_CODES))
     raise typer.Exit()
 
 
@@ -173,10 +200,11 @@ def _root(
 ) -> None:
     """One content-addressed store from text to served model."""
     bars = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    cwd = _working_folder()
     ctx.obj = Session(
-        store_path=store,
+        store_path=store and cwd / store.expanduser(),
         env_store=os.environ.get("LLMOS_STORE") or None,
-        cwd=_working_folder(),
+        cwd=cwd,
         home=Path(os.path.expanduser("~")),
         out=Output(json=json, quiet=quiet, verbose=verbose, animate=bars),
     )
@@ -184,23 +212,10 @@ def _root(
         _show_help(True)
 
 
-def _summary(verb: str) -> str:
-    try:  # TEMPORARY
-        module = _module(verb)
-    except ModuleNotFoundError:
-        return "(not there yet)"
-    documented = module if hasattr(module, "SUBCOMMANDS") else getattr(module, verb)
-    return (inspect.getdoc(documented) or "").partition("\n")[0]
-
-
 def _sections(doc: str) -> str:
     """`doc` with its examples marked by a backspace, typer's sign that lines stay lines."""
     paragraphs = doc.split("\n\n")
     return "\n\n".join(f"\b\n{text}" if text.startswith("Example") else text for text in paragraphs)
-
-
-def _module(verb: str) -> ModuleType:
-    return importlib.import_module(f"llmos_cli.commands.{verb}")
 
 
 def _wanted(argv: Sequence[str]) -> Sequence[str]:
@@ -214,7 +229,7 @@ def _merged(current: Session, *, store: Path | None, json: bool, quiet: bool, ve
     """The session with what stood after the command on top."""
     out = current.out
     out = replace(out, json=out.json or json, quiet=out.quiet or quiet, verbose=out.verbose or verbose)
-    return replace(current, store_path=store or current.store_path, out=out)
+    return replace(current, store_path=current.cwd / store.expanduser() if store else current.store_path, out=out)
 
 
 def _working_folder() -> Path:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llmos_cli.app import VERBS
+from llmos_cli.app import GROUPS, VERBS
 
 HEAVY = (
     "accelerate",
@@ -43,6 +43,9 @@ def test_help_of_a_command_loads_nothing_heavy_and_shows_examples(verb: str) -> 
     page, code, loaded = probe(verb, "--help")
     assert (code, loaded) == (0, []), "TAB-happy people read --help; it must not wait for what it does not use"
     assert f"Usage: llmos {verb}" in page
+    (summary,) = [verbs[verb] for verbs in GROUPS.values() if verb in verbs]
+    text = " ".join(line.strip() for line in page.partition("\n\n")[2].partition("\n\n")[0].splitlines())
+    assert text == summary, "the table in app.py and the command's first line of help are one text"
     assert "Examples:" in page, "a page that shows no command to copy helps nobody"
     examples = page.partition("Examples:")[2].strip().splitlines()
     assert any(f"llmos {verb}" in line or f"{verb}" in line for line in examples)

@@ -67,8 +67,8 @@ def du(
         here.out.table(["ref", "kind", "files", "stored", "own"], rows, right={2, 3, 4})
         here.out.line()
     if found.logical:
-        share = percent(found.needed, found.logical)
-        here.out.line(f"{size(found.logical)} of files in {size(found.needed)} ({share})")
+        share = f" ({percent(found.needed, found.logical)})" if found.needed < found.logical else ""
+        here.out.line(f"{size(found.logical)} of files in {size(found.needed)}{share}")
     if found.other:
         here.out.line(f"{size(found.other)} more for earlier values of refs and what nothing needs")
     if found.trash:

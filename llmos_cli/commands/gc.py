@@ -42,6 +42,7 @@ def gc(
     with here.open_store() as store:
         plan = plan_gc(store, grace_seconds=None if grace is None else grace * 3600)
         done = None if dry_run else execute_gc(store, plan, here.out.progress)
+    at_once = plan.trashed_bytes if plan.grace_seconds == 0 and not plan.writers else 0
     found: dict[str, Any] = {
         "dry_run": dry_run,
         "grace_seconds": plan.grace_seconds,
@@ -53,7 +54,7 @@ def gc(
         "kept_bytes": plan.kept_bytes,
         "waiting_bytes": plan.waiting_bytes,
         "trashed_bytes": done.trashed_bytes if done else plan.trashed_bytes,
-        "freed_bytes": done.freed_bytes if done else plan.freed_bytes,
+        "freed_bytes": done.freed_bytes if done else plan.freed_bytes + at_once,
         "restored_packs": done.restored if done else 0,
         "writers": plan.writers,
     }
@@ -74,8 +75,9 @@ def gc(
 
 def _details(plan: "GcPlan") -> list[str]:
     wait = duration(plan.grace_seconds)
+    gone = "unlinked" if plan.grace_seconds == 0 and not plan.writers else "to the trash"
     lines = [
-        (len(plan.trash), f"{plural(len(plan.trash), 'pack')} to the trash: nothing in them is needed"),
+        (len(plan.trash), f"{plural(len(plan.trash), 'pack')} {gone}: nothing in them is needed"),
         (len(plan.rewrite), f"{plural(len(plan.rewrite), 'pack')} rewritten: most of them is not needed"),
         (len(plan.unlink), f"{plural(len(plan.unlink), 'pack')} unlinked: in the trash for {wait} or longer"),
         (len(plan.temporary), f"{plural(len(plan.temporary), 'leftover')} of interrupted commands removed"),

@@ -22,9 +22,9 @@ def log(
     ctx: typer.Context,
     ref: Annotated[str, typer.Argument(metavar="REF", help="Whose history.", show_default=False)],
 ) -> None:
-    """Show a ref's history, newest first, and the tree of what it was made from.
+    """Show a ref's history and the tree of what it was made from.
 
-    The values are REF, REF~1, REF~2 and so on; each can be shown, checked out or tagged.
+    The newest value stands first. REF, REF~1, REF~2 and so on name them for every other command.
 
     Examples:
       llmos log tiny
@@ -54,7 +54,7 @@ def log(
             ["  " + (f"~{back}" if back else "now"), move.id.short, when(move.time), move.who, move.message]
             for back, move in enumerate(moves)
         ]
-        here.out.table(["  value", "id", "when", "who", "what"], rows)
+        here.out.table(["  value", "id", "when", "who", "what"], rows, spare={2, 3})
         here.out.line()
     here.out.line("Made from")
     for line in _tree(lineage, source.label, plain=here.out.plain):
@@ -85,7 +85,7 @@ def _tree(lineage: "Lineage", label: str, *, plain: bool) -> Sequence[str]:
             more = ["..."] if len(value) > SHOWN_SOURCES else []
             total = size(sum(source.size for source in value))
             return f"{plural(len(value), 'file')}, {total}: {', '.join(names + more)}"
-        return kind + _object(lineage.objects[value], seen=value in shown and bool(lineage.objects[value].inputs))
+        return kind + _object(lineage.objects[value], seen=value in shown)
 
     return list(tree_lines(("", lineage.root), text, children, plain=plain))
 
@@ -95,7 +95,7 @@ def _object(ancestor: "Ancestor", *, seen: bool) -> str:
     if ancestor.manifest is None:
         return f"{name}  ({ancestor.problem})"
     shown = f"{name}  {ancestor.manifest.kind}, {size(ancestor.manifest.size)}"
-    return f"{shown}  (as above)" if seen else shown
+    return f"{shown}  (as above)" if seen and ancestor.manifest.recipe else shown
 
 
 def _command(recipe: "Recipe") -> str:

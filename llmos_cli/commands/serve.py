@@ -1,12 +1,20 @@
 """`llmos serve`: answer requests over HTTP, straight from the store."""
 
+import json
 import shlex
-from typing import Annotated
+import time
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmos_cli.ui.session import session
+from llmos_cli.ui.session import Session, session
 from llmos_cli.ui.text import duration, size
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from llmos_cli.store.local import Store
+    from llmos_cli.store.resolve import Resolved
 
 
 def serve(
@@ -29,69 +37,68 @@ def serve(
       llmos serve tiny-int8 --port 8080
       llmos serve @3f2a9c01 --port 0 --json
     """
-    import json
-    import time
     from contextlib import closing
 
-    from llmos_cli.serve.server import HttpServer, allowed_hosts, bind, url_of
+    from llmos_cli.serve.server import bind
     from llmos_cli.store.leases import hold
     from llmos_cli.store.resolve import resolve
 
     here = session(ctx)
-    out = here.out
-
-    def fault(text: str) -> None:
-        for line in [text] if out.json else text.splitlines():
-            out.warn(line)
-
     with here.open_store() as store, closing(bind(host, port, insecure=insecure)) as bound:
         found = resolve(store, ref)
         with hold(store, "serve", [found.id]):
-            out.say(f"loading {found.label} @{found.id.short}")
-            from llmos_cli.serve.app import Served, build_app
-            from llmos_cli.serve.load import check_servable, load_engine
-            from llmos_cli.serve.worker import Worker
+            _serve(here, store, found, bound, host)
 
-            manifest = check_servable(store, found)
-            loaded = load_engine(store, manifest, out.progress)
-            warm_seconds = loaded.engine.warm_up()
-            url = url_of(bound)
 
-            def ready() -> None:
-                out.result(
-                    {
-                        "url": url,
-                        "id": str(found.id),
-                        "ref": found.label,
-                        "kind": manifest.kind,
-                        "device": loaded.device,
-                        "context": loaded.engine.context,
-                        "seconds": {
-                            "tokenizer": round(loaded.tokenizer_seconds, 3),
-                            "model": round(loaded.model_seconds, 3),
-                            "warm_up": round(warm_seconds, 3),
-                        },
-                    }
-                )
-                out.text(f"{url}\n")
-                out.say(
-                    f"serving {found.label}, {size(manifest.size)}, context {loaded.engine.context} tokens, on "
-                    f"{loaded.device}: tokenizer {duration(loaded.tokenizer_seconds)}, weights "
-                    f"{duration(loaded.model_seconds)}, first tokens {duration(warm_seconds)}"
-                )
-                body = json.dumps({"model": found.label, "prompt": "import ", "max_tokens": 16})
-                out.hint(f"curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
+def _serve(here: Session, store: "Store", found: "Resolved", bound: "socket", host: str) -> None:
+    started = time.perf_counter()
+    here.out.say(f"loading {found.label} @{found.id.short}")
+    from llmos_cli.serve.app import Served, build_app
+    from llmos_cli.serve.load import check_servable, load_engine
+    from llmos_cli.serve.server import HttpServer, allowed_hosts, url_of
+    from llmos_cli.serve.worker import Worker
 
-            worker = Worker(loaded.engine)
-            worker.start()
-            try:
-                app = build_app(
-                    worker,
-                    Served(found.label, found.id, int(time.time())),
-                    hosts=allowed_hosts(bound, host),
-                    fault=fault,
-                    access=out.detail if here.verbose else None,
-                )
-                HttpServer(app, bound, ready).run()
-            finally:
-                worker.stop()
+    seconds = {"libraries": time.perf_counter() - started}
+    manifest = check_servable(store, found)
+    loaded = load_engine(store, manifest, here.out.progress)
+    seconds |= {"tokenizer": loaded.tokenizer_seconds, "model": loaded.model_seconds}
+    seconds["first_tokens"] = loaded.engine.warm_up()
+    url = url_of(bound)
+    result = {
+        "url": url,
+        "id": str(found.id),
+        "ref": found.label,
+        "kind": manifest.kind,
+        "device": loaded.device,
+        "context": loaded.engine.context,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+
+    def ready() -> None:
+        spent = ", ".join(f"{name.replace('_', ' ')} {duration(value)}" for name, value in seconds.items())
+        body = json.dumps({"model": found.label, "prompt": "import ", "max_tokens": 16})
+        here.out.result(result)
+        here.out.text(f"{url}\n")
+        here.out.say(
+            f"serving {found.label}, {size(manifest.size)} on {loaded.device}, "
+            f"context {loaded.engine.context} tokens; {spent}"
+        )
+        here.out.hint(f"curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
+
+    def fault(text: str) -> None:
+        for line in [text] if here.json else text.splitlines():
+            here.out.warn(line)
+
+    worker = Worker(loaded.engine)
+    app = build_app(
+        worker,
+        Served(found.label, found.id, int(time.time())),
+        hosts=allowed_hosts(bound, host),
+        fault=fault,
+        access=here.out.detail if here.verbose else None,
+    )
+    worker.start()
+    try:
+        HttpServer(app, bound, ready).run()
+    finally:
+        worker.stop()

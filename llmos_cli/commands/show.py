@@ -25,7 +25,7 @@ def show(
     *,
     files: Annotated[bool, typer.Option("--files", help="List every file.")] = False,
 ) -> None:
-    """Show an object: kind, size, tensors, facts, how it was made, its files.
+    """Show an object: kind, size, tensors, how it was made, its files.
 
     Examples:
       llmos show tiny

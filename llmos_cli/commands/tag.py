@@ -39,6 +39,7 @@ def tag(
                 f"{target} already points to @{current.id.short}", hint=f"move it: llmos tag {ref} {new} --force"
             )
         if moved:
-            update_ref(store, target, source.id, expected=current and current.id, message=f"tag: {source.label}")
+            expected = current.id if current else None
+            update_ref(store, target, source.id, expected=expected, message=f"tag: {source.label}")
     here.out.result({"ref": str(target), "id": str(source.id), "changed": moved})
     here.out.line(f"{target} {'now points' if moved else 'points'} to @{source.id.short}")

@@ -72,8 +72,11 @@ class _Contexts(threading.local):
 _contexts = _Contexts()
 
 
-def encode(plain: memoryview, words: Words) -> Encoded:
-    """Pick the smallest codec by probing, never larger than raw; `plain` is bytes ("B" format)."""
+def encode(plain: memoryview, words: Words, room: memoryview | None = None) -> Encoded:
+    """Pick the smallest codec by probing, never larger than raw; `plain` is bytes ("B" format).
+
+    The parts may be views of `plain` and of `room`, memory as long as `plain` that a caller can use again and again.
+    """
     raw = Encoded(RAW, 0, False, (plain,))
     if len(plain) < _MIN_BYTES:
         return raw
@@ -81,7 +84,7 @@ def encode(plain: memoryview, words: Words) -> Encoded:
         return _zstd_or(raw, plain)
     if words.width > 1 and not words.is_float and not _planes_beat_zstd(plain, words):
         return _zstd_or(raw, plain)
-    candidate = _planes(plain, words)
+    candidate = _planes(plain, words, room)
     return candidate if candidate.size < _WORTH * len(plain) else raw
 
 
@@ -114,14 +117,14 @@ def _planes_beat_zstd(plain: memoryview, words: Words) -> bool:
     return _planes(plain[:size], words).size < len(_contexts.text.compress(plain[:size]))
 
 
-def _planes(plain: memoryview, words: Words) -> Encoded:
+def _planes(plain: memoryview, words: Words, room: memoryview | None = None) -> Encoded:
     from llmos_cli.formats.planes import split  # numpy costs more than all of `llmos ls`
 
     whole = len(plain) // words.width * words.width
     rotated = words.is_float and words.width > 1
     table: list[Buffer] = []
     parts: list[Buffer] = []
-    for plane in split(plain[:whole], words.width, rotated):
+    for plane in split(plain[:whole], words.width, rotated, room or memoryview(bytearray(whole))):
         packed = _pack_plane(plane)
         table.append(_PLANE.pack(packed is not None, len(plane) if packed is None else len(packed)))
         parts.append(plane if packed is None else packed)

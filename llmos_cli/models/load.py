@@ -4,6 +4,7 @@ The parameters are exactly the stored bits in the stored dtype, unless another d
 left over or of another shape is an error, never a random value. No network, no code from model files, no output.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from llmos_cli.errors import Damaged, LlmosError, UsageError
 from llmos_cli.formats import canonical
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models import config as configs
-from llmos_cli.models.quantized import SCALE, prepare_quantized, read_scheme, tie_scales
+from llmos_cli.models.quantized import SCALE, prepare_quantized, read_scheme
 from llmos_cli.models.quiet import quiet
 from llmos_cli.models.weights import load_state_dict
 from llmos_cli.progress import Progress, Silent
@@ -71,9 +72,10 @@ def build_model(
         if dtype is None:
             _adopt_dtypes(model, state)
 
+    config = copy.deepcopy(config)
     if scheme is not None:
         # transformers would hand the model to its own quantizer, which needs another package and decompresses it.
-        config = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+        del config.quantization_config
     prepared = _with_last_step(cls, prepare)
     try:
         with quiet() as messages, torch.random.fork_rng(devices=[]):
@@ -90,7 +92,6 @@ def build_model(
         raise Damaged(f"{configs.CONFIG_FILE} and the weights make no model: {configs.one_line(exc)}") from exc
     model.__class__ = cls
     if scheme is not None:
-        info["missing_keys"] -= tie_scales(model, info["missing_keys"])
         model.config.quantization_config = quantization
         model.requires_grad_(False)
     _check_fit(info)
@@ -103,7 +104,8 @@ def build_model(
 def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
     """A model with random float32 weights, a function of `config` and `seed`; the caller's random state is kept."""
     cls = model_class(config)
-    config = type(config).from_dict({**config.to_dict(), "dtype": "float32"})
+    config = copy.deepcopy(config)
+    config.dtype = torch.float32
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

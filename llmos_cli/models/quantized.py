@@ -2,12 +2,12 @@
 
 In a file a quantized weight `X.weight` is I8 [rows, columns] beside `X.weight_scale` F32 [rows, 1]; the value is
 weight * scale. config.json says so in the words of compressed-tensors ("int-quantized", 8 bits, by channel): `targets`
-are module classes, `ignore` the modules of those classes that stay as they were. Two things that vocabulary has no
-word for stand under the key "llmos": only the input embedding is quantized (`embeddings`), and Conv1D weights, which
-their class keeps as [in, out], lie as [out, in] (`transposed`).
+are module classes, `ignore` the modules of those classes that stay as they were. Tied modules share the weight and
+have a scale tensor each, as readers of that vocabulary expect. One thing it has no word for stands under the key
+"llmos": Conv1D weights, which their class keeps as [in, out], lie as [out, in] (`transposed`).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,59 +17,67 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmos_cli.errors import Damaged, LlmosError
+from llmos_cli.errors import LlmosError
 
 SCALE: Final = ".weight_scale"
 WEIGHT: Final = ".weight"
-QUANTIZABLE: Final = {nn.Linear: "Linear", nn.Embedding: "Embedding", Conv1D: "Conv1D"}
+_CONV1D: Final = "Conv1D"
+QUANTIZABLE: Final = {nn.Linear: "Linear", nn.Embedding: "Embedding", Conv1D: _CONV1D}
 _LEVELS: Final = 127
 _PACKED_MULTIPLE: Final = 16  # columns the CPU kernel reads at a time
 _ALIGNMENT: Final = 64
+_FORMAT: Final = "int-quantized"
 _WEIGHTS: Final = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which modules of a model hold int8 weights."""
+    """Which modules of a model hold int8 weights: those of the classes `targets` but for the names in `ignore`."""
 
+    targets: frozenset[str]
     ignore: frozenset[str]
 
     def config(self) -> dict[str, Any]:
         """The `quantization_config` that says it in config.json."""
-        return {
+        group = {"targets": sorted(self.targets), "weights": dict(_WEIGHTS), "format": _FORMAT}
+        config: dict[str, Any] = {
             "quant_method": "compressed-tensors",
-            "format": "int-quantized",
+            "format": _FORMAT,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": sorted(QUANTIZABLE.values()), "weights": dict(_WEIGHTS)}},
+            "config_groups": {"group_0": group},
             "ignore": sorted(self.ignore),
-            "llmos": {"embeddings": "input", "transposed": ["Conv1D"]},
         }
+        if _CONV1D in self.targets:
+            config["llmos"] = {"transposed": [_CONV1D]}
+        return config
 
 
 def read_scheme(quantization: Any) -> Scheme:
     """Read a `quantization_config`; raises LlmosError for every scheme but ours."""
-    if not isinstance(quantization, Mapping):
-        raise Damaged("config.json has a quantization_config that is not a table")
-    ignore = quantization.get("ignore", [])
-    if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
-        raise Damaged("config.json has a quantization_config whose ignore is not a list of names")
-    scheme = Scheme(frozenset(ignore))
-    if dict(quantization) != scheme.config():
-        method = str(quantization.get("quant_method"))[:40]
-        raise LlmosError(
-            f"the model is quantized in a way that llmos cannot run ({method})",
-            hint="take the unquantized model and run llmos quantize REF NAME --scheme int8",
-        )
-    return scheme
+    try:
+        targets, ignore = quantization["config_groups"]["group_0"]["targets"], quantization["ignore"]
+        scheme = Scheme(frozenset(targets), frozenset(ignore))
+        if quantization == scheme.config() and scheme.targets <= set(QUANTIZABLE.values()):
+            return scheme
+    except (TypeError, KeyError):
+        pass
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    raise LlmosError(
+        f"the model is quantized in a way that llmos cannot run ({str(method)[:40]})",
+        hint="take the unquantized model and run llmos quantize REF NAME --scheme int8",
+    )
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int8 [rows, columns], float32 scales [rows, 1]): scale = absmax / 127 of the row, 1 for a row of zeros."""
-    values = weight.to(torch.float32)
-    scale = values.abs().amax(dim=1, keepdim=True) / _LEVELS
+    """(int8 [rows, columns], float32 scales [rows, 1]): scale = absmax / 127 of the row, 1 for a row of zeros.
+
+    A row that holds a NaN or an infinity has a scale that is not finite either.
+    """
+    values = weight.to(torch.float32, copy=True)
+    scale = torch.linalg.vector_norm(values, ord=torch.inf, dim=1, keepdim=True) / _LEVELS
     # A row so small that its scale is zero or subnormal is a row of zeros for any dtype a model computes in.
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
-    return torch.round(values / scale).clamp_(-_LEVELS, _LEVELS).to(torch.int8), scale
+    return values.div_(scale).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8), scale
 
 
 class Int8Linear(nn.Module):
@@ -179,21 +187,10 @@ def prepare_quantized(model: PreTrainedModel, quantization_config: Mapping[str, 
     """Put int8 modules in the place of those that the config names, before weights are loaded."""
     scheme = read_scheme(quantization_config)
     for name, reason in quantizable(model).items():
-        if reason is None and name not in scheme.ignore:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], _int8_twin(model.get_submodule(name)))
-
-
-def tie_scales(model: PreTrainedModel, missing: Collection[str]) -> set[str]:
-    """Give tied int8 modules one scale after loading; returns the names that are no longer missing."""
-    found = set()
-    for pair in tied_modules(model):
-        absent = [name for name in pair if name + SCALE in missing]
-        present = [name for name in pair if name + SCALE not in missing]
-        if len(absent) == 1:
-            model.get_submodule(absent[0]).weight_scale = model.get_submodule(present[0]).weight_scale
-            found.add(absent[0] + SCALE)
-    return found
+        module = model.get_submodule(name)
+        if reason is None and name not in scheme.ignore and QUANTIZABLE[type(module)] in scheme.targets:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _int8_twin(module))
 
 
 def _int8_twin(module: nn.Module) -> nn.Module:

@@ -102,7 +102,12 @@ def tensor_source(name: str, tensor: torch.Tensor) -> Tensor:
     """What a transaction writes for one tensor."""
     if tensor.dtype not in _NAMES:
         raise LlmosError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold")
-    return Tensor(name, _NAMES[tensor.dtype], tuple(tensor.shape), lambda: _bytes(tensor.detach().cpu().contiguous()))
+    return Tensor(name, _NAMES[tensor.dtype], tuple(tensor.shape), lambda: tensor_bytes(tensor))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor: a view of its own memory if it is contiguous and on the CPU."""
+    return _bytes(tensor.detach().cpu().contiguous())
 
 
 def drop_tied(model: PreTrainedModel) -> dict[str, torch.Tensor]:

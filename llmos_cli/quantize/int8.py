@@ -17,7 +17,7 @@ from llmos_cli.formats.manifest import FileEntry, Manifest, Recipe
 from llmos_cli.formats.safetensors import TensorInfo
 from llmos_cli.models.config import CONFIG_FILE, read_config
 from llmos_cli.models.quantized import quantize_rows
-from llmos_cli.models.weights import TORCH_DTYPES, read_tensor, tensor_source
+from llmos_cli.models.weights import TORCH_DTYPES, read_tensor, tensor_bytes
 from llmos_cli.progress import Progress, Task
 from llmos_cli.quantize.plan import Quantized, QuantizePlan, plan_int8
 from llmos_cli.store.local import Store
@@ -25,7 +25,7 @@ from llmos_cli.store.objects import FileReader, open_file
 from llmos_cli.store.transaction import Tensor, Transaction
 
 WEIGHTS_FILE: Final = "model.safetensors"
-_BLOCK_BYTES: Final = 16 * MiB
+_BLOCK_BYTES: Final = MiB  # fits a core's cache
 # Whatever else holds weights stays behind: beside int8 ones it would be a second, larger model.
 _WEIGHT_FILES: Final = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5",
@@ -78,43 +78,39 @@ def _tensors(store: Store, plan: QuantizePlan, task: Task) -> Sequence[Tensor]:
     tensors = [_kept(reader(entry), info, task) for entry, info in plan.kept.values()]
     for item in plan.quantized.values():
         tensors += _Source(reader(item.entry), item, task).tensors()
-    return sorted(tensors, key=lambda tensor: tensor.name)
+    return tensors
 
 
 def _kept(reader: FileReader, info: TensorInfo, task: Task) -> Tensor:
     def data() -> memoryview:
         tensor = _finite(read_tensor(reader, info), info.name)
         task.advance(info.end - info.start)
-        return memoryview(tensor_source(info.name, tensor).data())
+        return tensor_bytes(tensor)
 
     return Tensor(info.name, info.dtype, info.shape, data)
 
 
 class _Source:
-    """One weight as two tensors; the scales are kept from one to the other, the weight never."""
+    """One weight and its scales, to be asked for in this order: what the weight leaves behind are the scales only."""
 
     def __init__(self, reader: FileReader, item: Quantized, task: Task) -> None:
         self._reader = reader
         self._item = item
         self._task = task
-        self._scale: torch.Tensor | None = None
+        self._scale = torch.empty(0)
 
     def tensors(self) -> list[Tensor]:
         item = self._item
-        return [
-            Tensor(item.info.name, "I8", (item.rows, item.columns), self._weight_bytes),
-            Tensor(item.scale_name, "F32", (item.rows, 1), self._scale_bytes),
-        ]
+        weight = Tensor(item.info.name, "I8", (item.rows, item.columns), self._weight_bytes)
+        return [weight, *(Tensor(name, "F32", (item.rows, 1), self._scale_bytes) for name in item.scale_names)]
 
     def _weight_bytes(self) -> memoryview:
         weight, self._scale = self._quantize()
         self._task.advance(self._item.info.end - self._item.info.start)
-        return memoryview(tensor_source(self._item.info.name, weight).data())
+        return tensor_bytes(weight)
 
     def _scale_bytes(self) -> memoryview:
-        scale = self._quantize()[1] if self._scale is None else self._scale
-        self._scale = None
-        return memoryview(tensor_source(self._item.scale_name, scale).data())
+        return tensor_bytes(self._scale)
 
     def _quantize(self) -> tuple[torch.Tensor, torch.Tensor]:
         item = self._item
@@ -125,7 +121,8 @@ class _Source:
         for first in range(0, item.rows, step):
             last = min(first + step, item.rows)
             block = self._rows(first, last) if whole is None else whole[first:last]
-            weight[first:last], scale[first:last] = quantize_rows(_finite(block.float(), item.info.name))
+            weight[first:last], scale[first:last] = quantize_rows(block)
+        _finite(scale, item.info.name)
         return weight, scale
 
     def _rows(self, first: int, last: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from llmos_cli.models.config import load_config
 from llmos_cli.models.device import pick_device
 from llmos_cli.models.load import load_model
 from llmos_cli.models.perplexity import perplexity
+from llmos_cli.models.quiet import quiet
 from llmos_cli.models.tokenizers import TOKENIZER_FILE, tokenizer_entries
 from llmos_cli.progress import Progress
 from llmos_cli.store.local import Store
@@ -41,13 +42,16 @@ def measure(
     loaded = load_model(store, model, device=device, progress=progress)
     size = batch or max(1, min(_MAX_BATCH, _MAX_LOGITS // (rows.seq_len * vocab_size)))
     scored = limit or rows.rows
-    found = perplexity(
-        loaded,
-        _batches(rows, size, limit),
-        progress=progress,
-        total=scored,
-        bytes_per_token=_bytes_per_token(data),
-    )
+    with quiet() as messages:
+        found = perplexity(
+            loaded,
+            _batches(rows, size, limit),
+            progress=progress,
+            total=scored,
+            bytes_per_token=_bytes_per_token(data),
+        )
+    for message in messages:
+        progress.warn(message)
     return {
         "bits_per_byte": None if found.bits_per_byte is None else round(found.bits_per_byte, 6),
         "device": device.type,

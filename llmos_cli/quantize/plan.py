@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from math import prod
 from typing import Final
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmos_cli.errors import Damaged, UsageError
+from llmos_cli.errors import Damaged, LlmosError, UsageError
 from llmos_cli.formats.manifest import FileEntry, Manifest
 from llmos_cli.formats.safetensors import TensorInfo
 from llmos_cli.models.config import load_config
 from llmos_cli.models.load import meta_model
-from llmos_cli.models.quantized import SCALE, WEIGHT, Scheme, quantizable, tied_modules
+from llmos_cli.models.quantized import QUANTIZABLE, SCALE, WEIGHT, Scheme, prepare_quantized, quantizable, tied_modules
+from llmos_cli.models.quiet import quiet
 from llmos_cli.store.local import Store
 from llmos_cli.store.tensors import tensor_table
 
@@ -28,11 +30,16 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Quantized:
-    """A stored tensor that takes int8; `transposed` if it lies as [in, out]."""
+    """A stored tensor that takes int8; `transposed` if it lies as [in, out].
+
+    `scale_names` are its own scale's and one for each module that shares the weight but has no tensor of its own:
+    weights are tied by the loader, scales are not.
+    """
 
     entry: FileEntry
     info: TensorInfo
     transposed: bool
+    scale_names: tuple[str, ...]
 
     @property
     def rows(self) -> int:
@@ -43,8 +50,8 @@ class Quantized:
         return self.info.shape[0 if self.transposed else 1]
 
     @property
-    def scale_name(self) -> str:
-        return self.info.name.removesuffix(WEIGHT) + SCALE
+    def nbytes(self) -> int:
+        return self.rows * (self.columns + 4 * len(self.scale_names))
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class QuantizePlan:
     def bytes_after(self) -> int:
         """Bytes of all tensors, scales included."""
         kept = sum(info.end - info.start for _, info in self.kept.values())
-        return kept + sum(item.rows * (item.columns + 4) for item in self.quantized.values())
+        return kept + sum(item.nbytes for item in self.quantized.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -96,18 +103,26 @@ def plan_int8(store: Store, manifest: Manifest) -> QuantizePlan:
             reason = "its weight is stored under another name"
         if reason is None:
             reason = next((text for name in found if (text := _unfit(table[name][1]))), None)
+        sharing = [name + SCALE for name in group if stored[name] is None]
         for name in group:
-            reasons[name] = reason
+            reasons[name] = reasons[name] or reason
             tensor = stored[name]
             if reason is None and tensor is not None:
-                quantized[tensor] = _quantized(*table[tensor], model.get_submodule(name))
+                scales = (tensor.removesuffix(WEIGHT) + SCALE, *sharing)
+                quantized[tensor] = _quantized(*table[tensor], model.get_submodule(name), scales)
+                sharing = []
+    scheme = Scheme(
+        frozenset(QUANTIZABLE[type(model.get_submodule(name))] for name, reason in reasons.items() if reason is None),
+        frozenset(name for name, reason in reasons.items() if reason is not None),
+    )
+    _check_runs(model, scheme)
     layers = {stored[name] or name + WEIGHT: reason for name, reason in reasons.items() if reason is not None}
     kept = {name: item for name, item in table.items() if name not in quantized}
     for name, (_, info) in kept.items():
         if len(info.shape) > 1 and name not in layers:
             layers[name] = "not the weight of a linear layer or of the input embedding"
     return QuantizePlan(
-        Scheme(frozenset(name for name, reason in reasons.items() if reason is not None)),
+        scheme,
         dict(sorted(quantized.items())),
         dict(sorted(kept.items())),
         {_NUMBER.sub("*", name): reason for name, reason in sorted(layers.items())},
@@ -130,13 +145,31 @@ def _stored_name(name: str, model: PreTrainedModel, table: Mapping[str, tuple[Fi
     return name if name in table else short if short in table else None
 
 
+def _check_runs(model: PreTrainedModel, scheme: Scheme) -> None:
+    """Refuse a class whose code computes with weights past their layers: its plain form runs without memory, its int8
+    form does not. A class that cannot run without memory at all is taken to be well-behaved."""
+
+    def problem() -> Exception | None:
+        try:
+            with quiet(), torch.inference_mode():
+                model(input_ids=torch.zeros(1, 4, dtype=torch.int64, device="meta"), use_cache=False)
+        except (RuntimeError, NotImplementedError, TypeError, AttributeError, ValueError) as exc:
+            return exc
+        return None
+
+    if problem() is None:
+        prepare_quantized(model, scheme.config())
+        if exc := problem():
+            raise LlmosError(f"a {model.config.model_type} model does not run with int8 weights") from exc
+
+
 def _unfit(info: TensorInfo) -> str | None:
     if info.dtype not in _FLOATS:
         return f"stored as {info.dtype}"
     return "empty" if 0 in info.shape else None
 
 
-def _quantized(entry: FileEntry, info: TensorInfo, module: nn.Module) -> Quantized:
+def _quantized(entry: FileEntry, info: TensorInfo, module: nn.Module, scale_names: tuple[str, ...]) -> Quantized:
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     if info.shape != tuple(weight.shape):
@@ -144,4 +177,4 @@ def _quantized(entry: FileEntry, info: TensorInfo, module: nn.Module) -> Quantiz
             f"the weights do not fit config.json: tensor {info.name!r} has the shape {list(info.shape)} "
             f"instead of {list(weight.shape)}"
         )
-    return Quantized(entry, info, transposed=not isinstance(module, nn.Linear | nn.Embedding))
+    return Quantized(entry, info, not isinstance(module, nn.Linear | nn.Embedding), scale_names)

@@ -1,6 +1,6 @@
 """What a remote holds: its packs and, from their footers, its objects.
 
-A pack that the local store has too, by name and size, is not asked for: content names make the local index its cache.
+A pack that the local store has too, whole, is not asked for: content names make the local index its cache.
 The other footers are read anew each time, in parallel; keeping them is for a remote that is slow to ask.
 """
 
@@ -14,7 +14,7 @@ from llmos_cli.errors import Damaged, NotFound
 from llmos_cli.formats.frame import MANIFEST
 from llmos_cli.formats.ids import ObjectId, parse_id
 from llmos_cli.formats.layout import PACK_SUFFIX, PACKS, pack_key
-from llmos_cli.formats.pack import Entry, read_index
+from llmos_cli.formats.pack import HEADER_SIZE, TRAILER_SIZE, Entry, read_index
 from llmos_cli.progress import Progress
 from llmos_cli.remote.parallel import in_order
 from llmos_cli.remote.transport import Transport
@@ -67,6 +67,9 @@ class Catalog:
     def manifest_places(self, oid: ObjectId) -> tuple[Place, ...]:
         return tuple(place for place in self.places(oid) if place.entry.kind == MANIFEST)
 
+    def without_pack(self, pack: ObjectId) -> "Catalog":
+        return replace(self, packs={name: other for name, other in self.packs.items() if name != pack})
+
     def without(self, pack: ObjectId, oid: ObjectId | None) -> "Catalog":
         """The catalog after `pack` has proven wrong: in one object, or (None) only as a whole."""
         damaged = self.packs[pack]
@@ -80,8 +83,9 @@ def read_catalog(store: Store, transport: Transport, progress: Progress) -> Cata
     packs: dict[ObjectId, RemotePack] = {}
     unknown: list[tuple[ObjectId, int]] = []
     for name, size in list_remote_packs(transport).items():
-        if known.get(name) == size:
-            packs[name] = RemotePack(name, size, tuple(store.index.entries(name)))
+        entries = tuple(store.index.entries(name)) if known.get(name) == size else ()
+        if entries and _is_whole(size, entries):
+            packs[name] = RemotePack(name, size, entries)
         else:
             unknown.append((name, size))
 
@@ -94,7 +98,7 @@ def read_catalog(store: Store, transport: Transport, progress: Progress) -> Cata
             return item[0], exc.message
 
     unreadable: dict[ObjectId, str] = {}
-    with closing(in_order(read, unknown, workers=_STREAMS)) as found:  # type: ignore[type-var]
+    with closing(in_order(read, unknown, workers=_STREAMS)) as found:
         for item in found:
             if isinstance(item, RemotePack):
                 packs[item.name] = item
@@ -117,6 +121,11 @@ def read_remote_pack(transport: Transport, name: ObjectId, size: int) -> RemoteP
 def list_remote_packs(transport: Transport) -> dict[ObjectId, int]:
     """The packs at a remote and their sizes; whatever else lies there is passed over."""
     return dict(_packs(transport.list(f"{PACKS}/")))
+
+
+def _is_whole(size: int, entries: tuple[Entry, ...]) -> bool:
+    """Whether these are all the entries of a pack: the local index forgets what has proven damaged here."""
+    return size == HEADER_SIZE + sum(entry.stored_size for entry in entries) + TRAILER_SIZE
 
 
 def _packs(listing: Iterable[tuple[str, int]]) -> Iterable[tuple[ObjectId, int]]:

@@ -22,6 +22,7 @@ from llmos_cli.remote.transport import check_key, check_prefix
 from llmos_cli.store import durable
 from llmos_cli.store.local import FOLDERS
 
+_TRIES: Final = 5
 _BLOCK_BYTES: Final = 4 * limits.MiB
 _LEFTOVER_SECONDS: Final = 86400.0  # a temporary file nobody has written to for a day belongs to a dead process
 _AWAY: Final = {
@@ -50,11 +51,11 @@ class FolderTransport:
 
     def initialise(self) -> None:
         """Only the last folder is made: a missing parent is more likely a disk that is not mounted."""
-        if not self.root.parent.is_dir():
-            raise RemoteUnavailable(
-                f"the folder {self.root.parent} is not there", hint="mount what belongs there, or make the folder"
-            )
-        with self._reporting("preparing"):
+        with self._reporting("preparing it"):
+            if not self.root.parent.is_dir():
+                raise RemoteUnavailable(
+                    f"the folder {self.root.parent} is not there", hint="mount what belongs there, or make the folder"
+                )
             for folder in FOLDERS:
                 durable.make_folder(self.root / folder)
             self._sweep()
@@ -104,21 +105,22 @@ class FolderTransport:
                 raise
 
     def create(self, key: str, data: bytes) -> bool:
-        target = self._path(key)
         with self._reporting(f"creating {key}"):
-            self._make_parent(target)
-            temp = durable.temp_path(target.parent)
-            with durable.new_file(temp) as file:
-                durable.write_all(file, data)
-            try:
-                return durable.publish_new(temp, target)
-            except BaseException:
-                durable.remove(temp)
-                raise
+            for _ in range(_TRIES):
+                with suppress(NotFound):  # somebody removed the folder at this moment (a ref was deleted)
+                    return self._create(self._path(key), data)
+            return self._create(self._path(key), data)
 
     def delete(self, key: str) -> None:
         with self._reporting(f"removing {key}"):
             durable.remove(self._path(key))
+
+    def _create(self, target: Path, data: bytes) -> bool:
+        self._make_parent(target)
+        temp = durable.temp_path(target.parent)
+        with durable.new_file(temp) as file:
+            durable.write_all(file, data)
+        return durable.publish_new(temp, target)
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)

@@ -12,7 +12,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from llmos_cli.config import Config
-from llmos_cli.errors import Damaged, NotFound, Unsafe, UsageError
+from llmos_cli.errors import Damaged, NotFound, Unsafe, UsageError, from_os_error
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, check_format
 from llmos_cli.formats.names import RefName
 from llmos_cli.remote.folder import FolderTransport
@@ -44,16 +44,19 @@ def normal_url(text: str, cwd: Path) -> str:
 def open_transport(url: str) -> Transport:
     """The transport for a URL from `normal_url`. DIR/.llmos is meant where DIR holds a store."""
     root = _folder(url, Path("/"))
-    if root.exists() and not root.is_dir():
-        raise UsageError(f"{root} is not a folder", hint=_KNOWN)
     inside = root / STORE_FOLDER
-    if not (root / FORMAT_FILE).exists() and (inside / FORMAT_FILE).exists():
-        root = inside
+    try:
+        if root.exists() and not root.is_dir():
+            raise UsageError(f"{root} is not a folder", hint=_KNOWN)
+        if not (root / FORMAT_FILE).exists() and (inside / FORMAT_FILE).exists():
+            root = inside
+    except OSError as exc:
+        raise from_os_error(exc, f"opening the remote {root}") from exc
     return FolderTransport(root)
 
 
 def find_remote(store: Store, text: str, cwd: Path) -> Remote:
-    """The remote of this name, or at this URL; raises NotFound with the nearest name, UsageError for the store itself."""
+    """The remote of this name or at this URL; raises NotFound with the nearest name, UsageError for this very store."""
     remotes = store.config.remotes
     if text in remotes:
         remote = Remote(text, open_transport(remotes[text]))

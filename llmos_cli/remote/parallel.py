@@ -1,7 +1,7 @@
-"""Work on several threads whose results come back in order, with a bounded number under way."""
+"""Work on several threads whose results come back in order, with a bounded amount under way."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -10,22 +10,33 @@ Result = TypeVar("Result")
 
 
 def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, window: int | None = None
-) -> Iterator[Result]:
-    """`map` over threads. At most `window` results (twice the workers) exist at a time; the first error ends it.
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int,
+    limit: int | None = None,
+    weigh: Callable[[Item], int] = lambda item: 1,
+) -> Generator[Result, None, None]:
+    """`map` over threads. Results that are under way or waiting weigh at most `limit` together (by default twice the
+    workers, each weighing 1), but one may always be; the first error ends it.
 
-    Close it (`contextlib.closing`) if it may not be used to its end: that stops what has not begun and waits for the rest.
+    Close it (`contextlib.closing`) where it may not be used to its end: what has not begun is then dropped.
     """
-    limit = window or 2 * workers
-    waiting: deque[Future[Result]] = deque()
+    most = limit or 2 * workers
+    waiting: deque[tuple[Future[Result], int]] = deque()
+    total = 0
     with ThreadPoolExecutor(workers, "remote") as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= limit:
-                    yield waiting.popleft().result()
+                weight = weigh(item)
+                while waiting and total + weight > most:
+                    future, done = waiting.popleft()
+                    yield future.result()
+                    total -= done
+                waiting.append((pool.submit(function, item), weight))
+                total += weight
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[0].result()
         finally:
-            for future in waiting:
+            for future, _ in waiting:
                 future.cancel()

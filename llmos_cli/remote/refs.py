@@ -16,7 +16,7 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.layout import REFS, ref_key
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.reflog import RefEntry, decode_entry, encode_entry, parse_entry_name
-from llmos_cli.progress import Progress
+from llmos_cli.progress import Progress, Silent
 from llmos_cli.remote.parallel import in_order
 from llmos_cli.remote.transport import Transport
 from llmos_cli.store.identity import who_am_i
@@ -26,11 +26,13 @@ _STREAMS: Final = 8
 
 @dataclass(frozen=True)
 class RemoteRef:
-    """A ref as it was seen: the numbers of its moves in order and the newest one that reads back (None: no such ref)."""
+    """A ref as it was seen: the numbers of its moves in order, the newest that reads back (None: no such ref), and
+    why none does where there are moves."""
 
     ref: RefName
-    sequences: tuple[int, ...]
-    entry: RefEntry | None
+    sequences: tuple[int, ...] = ()
+    entry: RefEntry | None = None
+    problem: Damaged | None = None
 
     @property
     def id(self) -> ObjectId | None:
@@ -38,7 +40,7 @@ class RemoteRef:
 
 
 def list_remote_refs(transport: Transport, progress: Progress) -> dict[RefName, RemoteRef]:
-    """Every ref with its current value, by name. Raises Damaged rather than leave a ref out."""
+    """Every ref as it is now, by name, those that cannot be read included."""
     numbers: defaultdict[RefName, list[int]] = defaultdict(list)
     for key, _ in transport.list(f"{REFS}/"):
         found = _parse_key(key)
@@ -48,12 +50,12 @@ def list_remote_refs(transport: Transport, progress: Progress) -> dict[RefName, 
     def read(ref: RefName) -> RemoteRef:
         return _read(transport, ref, sorted(numbers[ref]), progress)
 
-    with closing(in_order(read, sorted(numbers), workers=_STREAMS)) as refs:  # type: ignore[type-var]
-        return {remote.ref: remote for remote in refs if remote.entry}
+    with closing(in_order(read, sorted(numbers), workers=_STREAMS)) as refs:
+        return {seen.ref: seen for seen in refs if seen.entry or seen.problem}
 
 
 def read_remote_ref(transport: Transport, ref: RefName, progress: Progress) -> RemoteRef:
-    """One ref as it is now. A damaged newest move is passed over with a warning; raises Damaged if none reads back."""
+    """One ref as it is now. A damaged newest move is passed over with a warning."""
     return _read(transport, ref, _sequences(transport, ref), progress)
 
 
@@ -72,19 +74,30 @@ def remote_log(transport: Transport, seen: RemoteRef) -> Iterator[RefEntry]:
 
 def move_remote_ref(transport: Transport, seen: RemoteRef, new: ObjectId, *, message: str) -> RefEntry:
     """Give a ref a new value if it still is as it was `seen`; raises Conflict if somebody was faster."""
-    last = seen.sequences[-1] if seen.sequences else 0
+    sequence = seen.sequences[-1] + 1 if seen.sequences else 1
     time = datetime.now(UTC).isoformat(timespec="seconds")
-    entry = RefEntry(seen.ref, last + 1, new, seen.id, time, who_am_i(), message[:1000])
-    key = ref_key(seen.ref, entry.sequence)
+    entry = RefEntry(seen.ref, sequence, new, seen.id, time, who_am_i(), message[:1000])
+    key = ref_key(seen.ref, sequence)
     if not transport.create(key, encode_entry(entry)):
         raise _conflict(transport, seen)
-    after = _sequences(transport, seen.ref)
-    overtaken = after[-1:] != [entry.sequence]
-    replaced = last > 0 and last not in after  # the ref was removed meanwhile
-    if overtaken or replaced:
+    if not _follows(transport, entry):
         transport.delete(key)
         raise _conflict(transport, seen)
     return entry
+
+
+def _follows(transport: Transport, entry: RefEntry) -> bool:
+    """Whether a move that was just made stands right after the value it replaces, and is the newest or was built upon.
+
+    It does not if the ref was removed, made anew or trimmed since it was seen.
+    """
+    sequences = _sequences(transport, entry.ref)
+    earlier = [number for number in sequences if number < entry.sequence]
+    later = [number for number in sequences if number > entry.sequence]
+    if entry.sequence not in sequences or _read(transport, entry.ref, earlier, Silent()).id != entry.previous:
+        return False
+    after = _read_move(transport, entry.ref, later[0]) if later else None
+    return not later or (after is not None and (after.sequence, after.previous) == (entry.sequence + 1, entry.id))
 
 
 def _read(transport: Transport, ref: RefName, sequences: list[int], progress: Progress) -> RemoteRef:
@@ -102,8 +115,8 @@ def _read(transport: Transport, ref: RefName, sequences: list[int], progress: Pr
                 progress.warn(f"{problem.message}; using move {sequence} of {ref}")
             return RemoteRef(ref, tuple(sequences), entry)
     if problem:
-        raise Damaged(problem.message, hint=f"no earlier value of {ref} is left there; push it anew with --force")
-    return RemoteRef(ref, tuple(sequences), None)
+        problem.hint = f"no earlier value of {ref} is left there; push it anew with --force"
+    return RemoteRef(ref, tuple(sequences), None, problem)
 
 
 def _read_move(transport: Transport, ref: RefName, sequence: int) -> RefEntry | None:

@@ -72,7 +72,7 @@ class _Service:
         self._served = served
         self._names = served.names()
         self._fault = fault
-        # tokenizing a long prompt takes seconds: off the event loop, and one at a time as the encoder wants it
+        # tokenizing a long prompt takes seconds: off the event loop, and one at a time, to leave cores to the model
         self._encoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmos-encode")
 
     async def health(self) -> Response:

@@ -14,7 +14,7 @@ from llmos_cli.serve.refusal import Refused
 
 
 class Encoder:
-    """The two ways into a tokenizer, plain text and chat, and the one way out. For one thread at a time."""
+    """The ways into a tokenizer, plain text, ids and chat, and the one way out. Threads may share it."""
 
     def __init__(self, tokenizer: Any, *, vocabulary: int, ends: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer

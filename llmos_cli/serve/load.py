@@ -34,7 +34,7 @@ def check_servable(store: Store, found: Resolved) -> Manifest:
     manifest = read_manifest(store, found.id)
     if manifest.kind not in KINDS:
         raise UsageError(
-            f"{found.label} is a {manifest.kind}, and only a model or a checkpoint can answer",
+            f"{found.label} is of kind {manifest.kind}, and only a model or a checkpoint can answer",
             hint="llmos ls shows what is what",
         )
     return manifest

@@ -202,8 +202,9 @@ def _validated(model: type[_Model], body: dict[str, Any]) -> _Model:
         return model.model_validate(body)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-    field = _field(first["loc"]) or first["type"]
     kind = first["type"]
+    # errors of a whole request have no place; ours are named for the field to change
+    field = _field(first["loc"]) or (kind if kind in model.model_fields else "body")
     if kind == "missing":
         raise Refused(f"{field} is missing", field=field, reason="missing_required_parameter")
     if kind == "extra_forbidden":

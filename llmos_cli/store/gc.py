@@ -3,24 +3,38 @@ whoever needs them finds them again; packs that have been there long enough are 
 
 A plan first, then its execution, which looks again before anything irreversible. Safe beside writers (their packs are
 younger than their lease; what they share is brought back from the trash before they publish), readers (they look in
-the trash) and servers (leases are roots). While a transaction is open nothing is unlinked.
+the trash) and servers (leases are roots). While a transaction is open nothing is unlinked. A copy of a living object
+is unlinked only after another copy has been read and proven by its id.
 """
 
+import contextlib
 import time
-from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmos_cli.formats.frame import encode_header
+from llmos_cli.errors import Damaged, NoSpace, NotFound
+from llmos_cli.formats.frame import check_payload, encode_header
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.pack import Entry
 from llmos_cli.progress import Progress
 from llmos_cli.store import durable
 from llmos_cli.store.handle import Store
 from llmos_cli.store.leases import hold, hold_alone, live_leases
-from llmos_cli.store.packs import PackWriter, list_packs, read_frame, read_pack_index, sync_index
+from llmos_cli.store.packs import (
+    PackWriter,
+    find_holder,
+    list_packs,
+    read_frame,
+    read_pack,
+    reread_packs,
+    restore_pack,
+    sync_index,
+    verify_frame,
+)
 from llmos_cli.store.reach import find_roots, reachable
 
+_BUSY_SECONDS = 60.0  # a temporary file written to since then is somebody's, lease or not
 _REWRITE_DEAD_SHARE = 0.5  # a pack is rewritten once this much of it is dead
 _DAY_SECONDS = 86400.0
 _HOUR_SECONDS = 3600.0
@@ -82,7 +96,10 @@ def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | No
     oldest_write = min((lease.since for lease in writers), default=now)
     live = reachable(store, find_roots(store, since=now - store.config.gc.keep_days * _DAY_SECONDS))
     present = list_packs(store.packs)
-    homes = _homes(store, live, set(present))
+    homes = _homes(store, live, present)
+    if live - {oid for oid, _ in homes}:  # missing, or only from the index: what can be found must not look dead
+        reread_packs(store)
+        homes = _homes(store, live, present)
     trash, rewrite = [], []
     live_bytes = kept_bytes = 0
     for name, path in present.items():
@@ -91,7 +108,7 @@ def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | No
         except FileNotFoundError:
             continue
         entries = store.index.entries(name)
-        staying = tuple(entry for entry in entries if homes.get(entry.id) == name)
+        staying = tuple(entry for entry in entries if homes.get((entry.id, entry.kind)) == name)
         staying_bytes = sum(entry.stored_size for entry in staying)
         dead_bytes = sum(entry.stored_size for entry in entries) - staying_bytes
         live_bytes += staying_bytes
@@ -107,7 +124,10 @@ def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | No
             kept_bytes += dead_bytes
     unlink, waiting_bytes = [], 0
     for name, path in list_packs(store.trash).items():
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
         if now - status.st_mtime >= grace and not writers:
             unlink.append(PackPlan(name, path, status.st_size, (), status.st_size))
         else:
@@ -128,48 +148,62 @@ def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | No
 
 def execute_gc(store: Store, plan: GcPlan, progress: Progress) -> GcResult:
     """Carry out a plan. Raises Busy if another gc runs. Crashing at any point loses nothing; the next gc goes on."""
-    with hold_alone(store, "gc", "gc"):
+    with _alone(store):
+        trashed = 0
         with progress.task("rewriting packs", total=sum(pack.size - pack.freed for pack in plan.rewrite)) as task:
             for pack in plan.rewrite:
-                _rewrite(store, pack)
+                if _rewrite(store, pack):
+                    trashed += _trash(store, pack)
                 task.advance(pack.size - pack.freed)
-        for pack in (*plan.trash, *plan.rewrite):
-            store.index.drop_pack(pack.name)
-            durable.touch(pack.path)  # its time in the trash starts now
-            durable.move(pack.path, store.trash / pack.path.name)
-        restored = _restore_needed(store)
-        freed = 0
-        if not any(lease.writes for lease in live_leases(store)):
-            now_ready = (*plan.unlink, *(plan.trash + plan.rewrite if plan.grace_seconds == 0 else ()))
-            for pack in now_ready:
-                if durable.remove(store.trash / pack.path.name):
-                    freed += pack.freed
-        for path, size in plan.temporary:
-            if path.is_dir():
-                durable.remove_tree(path)
-                freed += size
-            elif durable.remove(path):
-                freed += size
-        return GcResult(plan.trashed_bytes, freed, restored)
+        trashed += sum(_trash(store, pack) for pack in plan.trash)
+        freed = sum(size for path, size in plan.temporary if _remove(path))
+        # A writer that is seen here may still need anything; one that is not has either moved its ref already, which
+        # the marking below sees, or begins only now, when the index no longer offers it what lies in the trash.
+        writing = any(lease.writes for lease in live_leases(store))
+        ready = () if writing else plan.unlink + (plan.trash + plan.rewrite if plan.grace_seconds == 0 else ())
+        restored = _restore_needed(store, {pack.name for pack in ready})
+        for pack in ready:
+            if durable.remove(store.trash / pack.path.name):
+                freed += pack.freed
+        return GcResult(trashed, freed, restored)
 
 
-def _homes(store: Store, live: set[ObjectId], present: set[ObjectId]) -> dict[ObjectId, ObjectId]:
-    """For each live object the one pack that keeps it; further copies are dead weight."""
-    homes: dict[ObjectId, ObjectId] = {}
+@contextlib.contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """One gc at a time; but where the disk has no room even for a lease, giving space back is worth a race of two."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(NoSpace):
+            stack.enter_context(hold_alone(store, "gc", "gc"))
+        yield
+
+
+def _homes(store: Store, live: set[ObjectId], present: Iterable[ObjectId]) -> dict[tuple[ObjectId, int], ObjectId]:
+    """For each live object (and kind of frame) the one pack that keeps it; further copies are dead weight."""
+    homes: dict[tuple[ObjectId, int], ObjectId] = {}
     for name in sorted(present):
         for entry in store.index.entries(name):
             if entry.id in live:
-                homes.setdefault(entry.id, name)
+                homes.setdefault((entry.id, entry.kind), name)
     return homes
 
 
-def _rewrite(store: Store, plan: PackPlan) -> None:
-    """Copy the live frames of a pack, as they are, into a new one."""
+def _rewrite(store: Store, plan: PackPlan) -> bool:
+    """Copy the live frames of a pack into a new one; False if it stays: a frame is damaged, or the disk is full."""
+    try:
+        _copy_live(store, plan)
+    except (Damaged, NoSpace, FileNotFoundError) as exc:
+        store.progress.warn(f"pack {plan.name.short} stays as it is: {exc}")
+        return False
+    return True
+
+
+def _copy_live(store: Store, plan: PackPlan) -> None:
     with hold(store, "gc", [], writes=True):
         writer = PackWriter(store.tmp)
         try:
             for entry in plan.live:
                 frame, payload = read_frame(plan.path, entry)
+                check_payload(frame, payload)
                 writer.append(frame, encode_header(frame), (payload,))
         except BaseException:
             writer.discard()
@@ -177,34 +211,59 @@ def _rewrite(store: Store, plan: PackPlan) -> None:
         writer.publish(store)
 
 
-def _restore_needed(store: Store) -> int:
-    """Look again: whatever became reachable while we worked leaves the trash."""
+def _trash(store: Store, pack: PackPlan) -> int:
+    store.index.drop_pack(pack.name)
+    durable.touch(pack.path)  # its time in the trash starts now
+    return pack.freed if durable.move(pack.path, store.trash / pack.path.name) else 0
+
+
+def _restore_needed(store: Store, ready: set[ObjectId]) -> int:
+    """Look again: a pack leaves the trash if something alive in it is nowhere else. The other copies of what is in a
+    pack that is `ready` to be unlinked are proven."""
     live = reachable(store, find_roots(store, since=time.time() - store.config.gc.keep_days * _DAY_SECONDS))
-    missing = {oid for oid in live if not store.index.has(oid)}
-    if not missing:
-        return 0
+    whole: set[ObjectId] = set()  # copies outside the trash, proven
     restored = 0
     for name, path in list_packs(store.trash).items():
-        size, entries = read_pack_index(path)
-        if any(entry.id in missing for entry in entries):
-            target = store.pack_path(name)
-            durable.make_folder(target.parent)
-            durable.touch(path)
-            if durable.move(path, target):
-                store.index.add_pack(name, size, entries)
-                restored += 1
+        try:
+            content = read_pack(path)
+        except NotFound:
+            continue
+        for oid in {entry.id for entry in content.entries} & live - whole:
+            if not (_has_whole_copy(store, oid) if name in ready else find_holder(store, oid)):
+                restored += restore_pack(store, name, path, content)
+                break
+            if name in ready:
+                whole.add(oid)
     return restored
+
+
+def _has_whole_copy(store: Store, oid: ObjectId) -> bool:
+    for location in store.index.locate(oid):
+        with contextlib.suppress(Damaged, FileNotFoundError):
+            verify_frame(store.pack_path(location.pack), location.entry)
+            return location.entry.id == oid
+    return False
+
+
+def _remove(path: Path) -> bool:
+    if path.is_dir() and not path.is_symlink():
+        durable.remove_tree(path)
+        return True
+    return durable.remove(path)
 
 
 def _leftovers(store: Store, now: float, oldest_write: float, grace: float, writing: bool) -> list[tuple[Path, int]]:
     """Temporary files no living transaction can own, and removed refs whose time in the trash is over."""
-    found: dict[Path, int] = defaultdict(int)
-    for folder in (store.tmp, store.leases):
+    found: dict[Path, int] = {}
+    for folder in (store.root, store.tmp, store.leases):
         for path in folder.glob(f"{durable.TEMP_PREFIX}*"):
-            status = path.lstat()
-            if status.st_mtime < oldest_write and (not writing or now - status.st_mtime >= _DAY_SECONDS):
-                found[path] = status.st_size
+            with contextlib.suppress(FileNotFoundError):
+                status = path.lstat()
+                age = now - status.st_mtime
+                if age >= _BUSY_SECONDS and status.st_mtime < oldest_write and (not writing or age >= _DAY_SECONDS):
+                    found[path] = status.st_size
     for path in store.trash.glob("ref-*"):
-        if now - path.lstat().st_mtime >= max(grace, store.config.gc.keep_days * _DAY_SECONDS):
-            found[path] = sum(child.lstat().st_size for child in path.glob("**/*"))
+        with contextlib.suppress(FileNotFoundError):
+            if now - path.lstat().st_mtime >= max(grace, store.config.gc.keep_days * _DAY_SECONDS):
+                found[path] = sum(child.lstat().st_size for child in path.glob("**/*"))
     return sorted(found.items())

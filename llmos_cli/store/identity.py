@@ -10,7 +10,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process beyond doubt: its number alone may be reused, together with its start time and the boot it is not."""
+    """A process beyond doubt: its number alone may be reused, together with its start time and the boot it is not.
+
+    `boot` also names the namespace of process numbers: a process in another container cannot be asked.
+    """
 
     host: str
     boot: str
@@ -32,23 +35,26 @@ def this_process() -> ProcessIdentity:
 
 
 def is_alive(process: ProcessIdentity) -> bool | None:
-    """Whether the process still runs; None if it belongs to another host and cannot be asked."""
+    """Whether the process still runs; None if it belongs to another host or container and cannot be asked."""
     if process.host != socket.gethostname():
         return None
-    if process.boot != _boot_id():
-        return False
+    ours = _boot_id()
+    if process.boot != ours:
+        return None if process.boot.partition(" ")[0] == ours.partition(" ")[0] else False
     try:
         os.kill(process.pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return _start_time(process.pid) == process.started
+    started = _start_time(process.pid)
+    return None if process.started and not started else started == process.started
 
 
 def _boot_id() -> str:
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return ""
 
 

@@ -1,20 +1,24 @@
 """The index: which object lies where, in SQLite. A cache: everything in it can be rebuilt from the packs.
 
 A row that is wrong cannot do harm: every read compares the frame it finds with the id it asked for. So a lost, old
-or broken index is thrown away and filled again.
+or broken index is thrown away and filled again, and where the disk is full or read-only an index in memory takes its
+place. Nothing here knows what a pack file is: `refill` is given by whoever opens the store.
 """
 
 import contextlib
+import functools
+import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-from llmos_cli.errors import AccessDenied, Busy, Damaged, NoSpace
+from llmos_cli.errors import Busy, Damaged, LlmosError
+from llmos_cli.formats import limits
 from llmos_cli.formats.frame import MANIFEST
-from llmos_cli.formats.ids import ObjectId
+from llmos_cli.formats.ids import ID_BYTES, ObjectId
 from llmos_cli.formats.pack import Entry
 from llmos_cli.store import durable
 
@@ -32,6 +36,49 @@ CREATE TABLE recipes (manifest BLOB PRIMARY KEY, recipe BLOB) WITHOUT ROWID;
 CREATE INDEX recipes_by_key ON recipes (recipe);
 """
 _ROW = "o.id, o.base, o.offset, o.payload, o.plain, o.kind, o.codec, o.depth"
+_COMPLETE: Final = 0x6C6C6D6F  # application_id of an index that has been filled once
+_MEMORY: Final = ":memory:"
+_BROKEN: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH}
+_NO_FILE: Final = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_PERM,
+}
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Unusable(Exception):
+    """The database cannot go on: it is broken, or (`keep`) its file cannot be written here."""
+
+    def __init__(self, why: str, *, keep: bool) -> None:
+        super().__init__(why)
+        self.keep = keep
+
+
+def _healing(method: "Callable[Concatenate[Index, P], T]") -> "Callable[Concatenate[Index, P], T]":
+    """If the database turns out to be unusable, put a new one in its place and try again."""
+
+    @functools.wraps(method)
+    def call(self: "Index", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._reopen_after_fork()
+        with self._lock:
+            for _ in range(2):
+                try:
+                    return method(self, *args, **kwargs)
+                except _Unusable as exc:
+                    self._replace(exc)
+            try:
+                return method(self, *args, **kwargs)
+            except _Unusable as exc:
+                raise Damaged(
+                    f"the index {self._path} is damaged: {exc}", hint="rebuild it: llmos fsck --reindex"
+                ) from exc
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -43,18 +90,18 @@ class Location:
 
 
 class Index:
-    """Thread-safe: one connection behind one lock; a look-up takes microseconds."""
+    """Thread-safe: one connection behind one lock; a look-up takes microseconds. A forked child opens its own."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.RLock()
-        self.is_new = not path.exists()
+        self._pid = os.getpid()
+        self._in_memory = False
+        self.refill: Callable[[], object] = lambda: None
         try:
             self._connection = self._connect()
-        except sqlite3.DatabaseError as exc:
-            if not _is_broken(exc):
-                raise self._error(exc) from exc
-            self.reset()
+        except _Unusable as exc:
+            self._start_anew(in_memory=exc.keep)
 
     def close(self) -> None:
         with self._lock:
@@ -63,22 +110,31 @@ class Index:
     def reset(self) -> None:
         """Throw the index away; the caller fills it again."""
         with self._lock:
-            with contextlib.suppress(AttributeError, sqlite3.Error):
-                self._connection.close()
-            for suffix in ("", "-wal", "-shm"):
-                durable.remove(self._path.with_name(self._path.name + suffix))
-            self.is_new = True
-            self._connection = self._connect()
+            self._connection.close()
+            self._start_anew(in_memory=self._in_memory)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has been filled; one that lost a race with a crash has not."""
+        return self._complete
+
+    def mark_complete(self) -> None:
+        if not self._complete:
+            self._mark()
+
+    @_healing
     def packs(self) -> dict[ObjectId, int]:
         """The indexed packs and their sizes in bytes."""
         with self._cursor() as cursor:
-            return {ObjectId(name): size for name, size in cursor.execute("SELECT name, size FROM packs")}
+            return {_id(name): size for name, size in cursor.execute("SELECT name, size FROM packs")}
 
+    @_healing
     def add_pack(self, name: ObjectId, size: int, entries: Sequence[Entry]) -> None:
+        """Note a pack, in place of whatever was noted of it before."""
         with self._cursor(write=True) as cursor:
             cursor.execute("INSERT OR IGNORE INTO packs (name, size) VALUES (?, ?)", (name, size))
             (number,) = cursor.execute("SELECT number FROM packs WHERE name = ?", (name,)).fetchone()
+            cursor.execute("DELETE FROM objects WHERE pack = ?", (number,))
             cursor.executemany(
                 "INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -87,27 +143,39 @@ class Index:
                 ),
             )
 
+    @_healing
     def drop_pack(self, name: ObjectId) -> None:
         with self._cursor(write=True) as cursor:
             cursor.execute("DELETE FROM objects WHERE pack = (SELECT number FROM packs WHERE name = ?)", (name,))
             cursor.execute("DELETE FROM packs WHERE name = ?", (name,))
 
+    @_healing
+    def forget(self, oid: ObjectId, pack: ObjectId) -> None:
+        """A copy turned out to be damaged: it does not count as stored, so that adding it again stores it anew."""
+        query = "DELETE FROM objects WHERE id = ? AND pack = (SELECT number FROM packs WHERE name = ?)"
+        with self._cursor(write=True) as cursor:
+            cursor.execute(query, (oid, pack))
+
+    @_healing
     def locate(self, oid: ObjectId) -> list[Location]:
         """Every place an object lies, oldest pack first."""
         query = f"SELECT p.name, {_ROW} FROM objects o JOIN packs p ON p.number = o.pack WHERE o.id = ? ORDER BY o.pack"
         with self._cursor() as cursor:
-            return [Location(ObjectId(row[0]), _entry(row[1:])) for row in cursor.execute(query, (oid,))]
+            return [Location(_id(row[0]), _entry(row[1:])) for row in cursor.execute(query, (oid,))]
 
+    @_healing
     def has(self, oid: ObjectId) -> bool:
         with self._cursor() as cursor:
             return cursor.execute("SELECT 1 FROM objects WHERE id = ? LIMIT 1", (oid,)).fetchone() is not None
 
+    @_healing
     def entries(self, pack: ObjectId) -> list[Entry]:
         """The objects of a pack in file order."""
         query = f"SELECT {_ROW} FROM objects o WHERE o.pack = (SELECT number FROM packs WHERE name = ?) ORDER BY offset"
         with self._cursor() as cursor:
             return [_entry(row) for row in cursor.execute(query, (pack,))]
 
+    @_healing
     def stored_sizes(self) -> dict[ObjectId, int]:
         """What each object takes in packs, all its copies together, in bytes."""
         with self._cursor() as cursor:
@@ -117,11 +185,12 @@ class Index:
                 sizes[entry.id] = sizes.get(entry.id, 0) + entry.stored_size
             return sizes
 
+    @_healing
     def bases(self, objects: set[ObjectId]) -> set[ObjectId]:
         """The bases that stored deltas among `objects` rest on, and theirs in turn."""
         with self._cursor() as cursor:
             rows = cursor.execute("SELECT id, base FROM objects WHERE depth > 0")
-            base_of = {ObjectId(oid): ObjectId(base) for oid, base in rows}
+            base_of = {_id(oid): _id(base) for oid, base in rows}
         found: set[ObjectId] = set()
         for oid in objects:
             while oid in base_of and base_of[oid] not in found:
@@ -129,31 +198,46 @@ class Index:
                 found.add(oid)
         return found
 
+    @_healing
     def manifests(self, prefix: str = "") -> list[ObjectId]:
         """Ids of manifests that start with a hex prefix, in order."""
         low = bytes.fromhex(prefix + "0" * (64 - len(prefix)))
         high = bytes.fromhex(prefix + "f" * (64 - len(prefix)))
         query = "SELECT DISTINCT id FROM objects WHERE kind = ? AND id BETWEEN ? AND ? ORDER BY id"
         with self._cursor() as cursor:
-            return [ObjectId(row[0]) for row in cursor.execute(query, (MANIFEST, low, high))]
+            return [_id(row[0]) for row in cursor.execute(query, (MANIFEST, low, high))]
 
+    @_healing
     def unread_manifests(self) -> list[ObjectId]:
         """Manifests whose recipe is not in the index yet."""
         query = "SELECT DISTINCT id FROM objects WHERE kind = ? AND id NOT IN (SELECT manifest FROM recipes)"
         with self._cursor() as cursor:
-            return [ObjectId(row[0]) for row in cursor.execute(query, (MANIFEST,))]
+            return [_id(row[0]) for row in cursor.execute(query, (MANIFEST,))]
 
+    @_healing
     def add_recipes(self, rows: Iterable[tuple[ObjectId, ObjectId | None]]) -> None:
         with self._cursor(write=True) as cursor:
             cursor.executemany("INSERT OR REPLACE INTO recipes VALUES (?, ?)", rows)
 
+    @_healing
     def made_by(self, recipe: ObjectId) -> list[ObjectId]:
         with self._cursor() as cursor:
             rows = cursor.execute("SELECT manifest FROM recipes WHERE recipe = ? ORDER BY manifest", (recipe,))
-            return [ObjectId(row[0]) for row in rows]
+            return [_id(row[0]) for row in rows]
+
+    @_healing
+    def _mark(self) -> None:
+        with self._cursor(write=True) as cursor:
+            cursor.execute(f"PRAGMA application_id={_COMPLETE}")
+        self._complete = True
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=60, isolation_level=None, check_same_thread=False)
+        try:
+            connection = sqlite3.connect(
+                _MEMORY if self._in_memory else self._path, timeout=60, isolation_level=None, check_same_thread=False
+            )
+        except sqlite3.Error as exc:
+            raise self._error(exc) from exc
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
@@ -165,48 +249,86 @@ class Index:
                     for statement in _SCHEMA.split(";"):
                         connection.execute(statement)
                     connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-                    self.is_new = True
                 connection.execute("COMMIT")
             elif version != SCHEMA_VERSION:
-                raise sqlite3.DatabaseError("file is not a database of this version")
+                raise _Unusable(f"version {version} is unknown", keep=False)
             connection.execute("SELECT name FROM packs LIMIT 1").fetchone()
+            self._complete = connection.execute("PRAGMA application_id").fetchone() == (_COMPLETE,)
+        except sqlite3.Error as exc:
+            connection.close()
+            raise self._error(exc) from exc
         except BaseException:
             connection.close()
             raise
         return connection
 
+    def _start_anew(self, *, in_memory: bool) -> None:
+        """Connect to an empty database: a new file, or memory where the file cannot be replaced."""
+        self._in_memory = in_memory
+        if not in_memory:
+            try:
+                for suffix in ("", "-wal", "-shm"):
+                    durable.remove(self._path.with_name(self._path.name + suffix))
+                self._connection = self._connect()
+                return
+            except (LlmosError, _Unusable):
+                self._in_memory = True
+        self._connection = self._connect()
+
+    def _replace(self, why: _Unusable) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.close()
+        self._start_anew(in_memory=why.keep or self._in_memory)
+        self.refill()
+
+    def _reopen_after_fork(self) -> None:
+        """SQLite's connections must not cross a fork; the parent's is left alone, not even closed."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._lock = threading.RLock()
+            self._parents_connection = self._connection
+            if not self._in_memory:
+                self._connection = self._connect()
+
     @contextlib.contextmanager
     def _cursor(self, *, write: bool = False) -> Iterator[sqlite3.Cursor]:
-        with self._lock:
+        try:
+            if not write:
+                yield self._connection.cursor()
+                return
+            self._connection.execute("BEGIN IMMEDIATE")
             try:
-                if not write:
-                    yield self._connection.cursor()
-                    return
-                self._connection.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._connection.cursor()
-                    self._connection.execute("COMMIT")
-                except BaseException:
-                    with contextlib.suppress(sqlite3.Error):
-                        self._connection.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error as exc:
-                raise self._error(exc) from exc
+                yield self._connection.cursor()
+                self._connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as exc:
+            raise self._error(exc) from exc
 
     def _error(self, exc: sqlite3.Error) -> Exception:
-        text = str(exc)
-        if "full" in text:
-            return NoSpace(f"no space left while writing the index {self._path}", hint="free some space (llmos gc)")
-        if "locked" in text or "busy" in text:
+        code = getattr(exc, "sqlite_errorcode", -1) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return Busy(f"the index {self._path} is locked by another process", hint="run the command again")
-        if "readonly" in text or "unable to open" in text:
-            return AccessDenied(f"cannot write the index {self._path}: {text}")
-        return Damaged(f"the index {self._path} is damaged: {text}", hint="rebuild it: llmos fsck --reindex")
+        if code in _BROKEN or code in _NO_FILE:
+            return _Unusable(str(exc), keep=code in _NO_FILE)
+        return LlmosError(f"the index {self._path} cannot be used: {exc}", hint="rebuild it: llmos fsck --reindex")
 
 
-def _is_broken(exc: sqlite3.DatabaseError) -> bool:
-    return "malformed" in str(exc) or "not a database" in str(exc) or "no such table" in str(exc)
+def _entry(row: Sequence[Any]) -> Entry:
+    """A row as an index line; a value that cannot be means that the database is broken."""
+    try:
+        entry = Entry(_id(row[0]), _id(row[1]), *row[2:])
+    except TypeError as exc:
+        raise _Unusable(str(exc), keep=False) from exc
+    numbers = (entry.offset, entry.payload_size, entry.plain_size, entry.kind, entry.codec, entry.depth)
+    if not all(type(number) is int and 0 <= number <= limits.PACK_BYTES for number in numbers):
+        raise _Unusable("a row has a value outside the declared limits", keep=False)
+    return entry
 
 
-def _entry(row: tuple[bytes, bytes, int, int, int, int, int, int]) -> Entry:
-    return Entry(ObjectId(row[0]), ObjectId(row[1]), *row[2:])
+def _id(value: object) -> ObjectId:
+    if not isinstance(value, bytes) or len(value) != ID_BYTES:
+        raise _Unusable("a row has a malformed id", keep=False)
+    return ObjectId(value)

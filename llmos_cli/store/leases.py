@@ -1,12 +1,14 @@
 """Leases: files that say a live process is writing or using objects, so that gc leaves them alone.
 
 They save work and prevent waste; correctness does not rest on them. A lease whose process is gone is removed by
-whoever notices; one of another host counts for half an hour after its last renewal.
+whoever notices; one of another host, or one that cannot be read (a power loss leaves such), counts for half an hour
+after its last renewal.
 """
 
 import contextlib
 import dataclasses
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Final
 from uuid import uuid4
 
-from llmos_cli.errors import Busy, Damaged
+from llmos_cli.errors import Busy, Damaged, LlmosError, from_os_error
 from llmos_cli.formats.ids import ObjectId, parse_id
 from llmos_cli.store import durable
 from llmos_cli.store.handle import Store
@@ -23,12 +25,14 @@ from llmos_cli.store.identity import ProcessIdentity, is_alive, this_process
 
 RENEW_SECONDS: Final = 300.0
 STALE_SECONDS: Final = 1800.0
-_FIELDS: Final = {"boot", "host", "objects", "pid", "purpose", "started", "writes"}
+_CLOCK_SECONDS: Final = 300.0  # how far the clocks of hosts and file systems may differ
+_FIELDS: Final = {"boot", "host", "objects", "pid", "purpose", "since", "started", "writes"}
 
 
 @dataclass(frozen=True)
 class Lease:
-    """`writes` marks a transaction: what it has published so far is not reachable yet. `since` is a Unix time."""
+    """`writes` marks a transaction: what it has published so far is not reachable yet. It began after the Unix time
+    `since`."""
 
     path: Path
     process: ProcessIdentity
@@ -41,11 +45,10 @@ class Lease:
 @contextlib.contextmanager
 def hold(store: Store, purpose: str, objects: Sequence[ObjectId], *, writes: bool = False) -> Iterator[Lease]:
     """Keep manifests alive while the block runs; renewed in the background."""
-    process = this_process()
     path = store.leases / f"{uuid4().hex}.json"
-    _write(path, process, purpose, objects, writes)
+    lease = _write(path, purpose, objects, writes)
     with _renewed(path):
-        yield Lease(path, process, purpose, tuple(objects), writes, time.time())
+        yield lease
 
 
 @contextlib.contextmanager
@@ -54,7 +57,7 @@ def hold_alone(store: Store, name: str, purpose: str, objects: Sequence[ObjectId
     path = store.leases / f"only-{name}.json"
     temp = durable.temp_path(store.leases)
     for _ in range(3):
-        _write(temp, this_process(), purpose, objects, False)
+        _write(temp, purpose, objects, False)
         if durable.publish_new(temp, path):
             break
         for lease in live_leases(store):
@@ -73,20 +76,33 @@ def hold_alone(store: Store, name: str, purpose: str, objects: Sequence[ObjectId
 def live_leases(store: Store) -> list[Lease]:
     """The leases of processes that still run; those of dead ones are removed. Raises Damaged for an unreadable one."""
     live = []
-    for path in sorted(store.leases.glob("*.json")):
+    for path in _lease_files(store):
         try:
-            since = path.stat().st_mtime
-            lease = _read(path, since)
+            fresh = time.time() - path.stat().st_mtime < STALE_SECONDS
+            lease = _read(path)
         except FileNotFoundError:
             continue
+        except Damaged:
+            if fresh:
+                raise
+            durable.remove(path)
+            continue
+        except OSError as exc:
+            raise from_os_error(exc, f"reading the lease {path}") from exc
         alive = is_alive(lease.process)
-        if alive is None:
-            alive = time.time() - since < STALE_SECONDS
-        if alive:
+        if fresh if alive is None else alive:
             live.append(lease)
         else:
             durable.remove(path)
     return live
+
+
+def _lease_files(store: Store) -> list[Path]:
+    """A failure to list must never look like "nobody"."""
+    try:
+        return sorted(store.leases / name for name in os.listdir(store.leases) if name.endswith(".json"))
+    except OSError as exc:
+        raise from_os_error(exc, f"listing {store.leases}") from exc
 
 
 @contextlib.contextmanager
@@ -95,7 +111,8 @@ def _renewed(path: Path) -> Iterator[None]:
 
     def renew() -> None:
         while not stop.wait(RENEW_SECONDS):
-            durable.touch(path)
+            with contextlib.suppress(LlmosError):  # a file system that is away for a moment may come back
+                durable.touch(path)
 
     threading.Thread(target=renew, name="lease", daemon=True).start()
     try:
@@ -105,20 +122,23 @@ def _renewed(path: Path) -> Iterator[None]:
         durable.remove(path)
 
 
-def _write(path: Path, process: ProcessIdentity, purpose: str, objects: Sequence[ObjectId], writes: bool) -> None:
-    fields = {"purpose": purpose, "objects": [str(oid) for oid in objects], "writes": writes}
-    durable.write_volatile(path, json.dumps(dataclasses.asdict(process) | fields).encode())
+def _write(path: Path, purpose: str, objects: Sequence[ObjectId], writes: bool) -> Lease:
+    lease = Lease(path, this_process(), purpose, tuple(objects), writes, time.time() - _CLOCK_SECONDS)
+    fields = {"purpose": purpose, "objects": [str(oid) for oid in objects], "writes": writes, "since": lease.since}
+    durable.write_volatile(path, json.dumps(dataclasses.asdict(lease.process) | fields).encode())
+    return lease
 
 
-def _read(path: Path, since: float) -> Lease:
+def _read(path: Path) -> Lease:
     try:
         fields = json.loads(path.read_bytes())
         if set(fields) != _FIELDS:
             raise ValueError("it does not have the fields of a lease")
         process = ProcessIdentity(str(fields["host"]), str(fields["boot"]), int(fields["pid"]), str(fields["started"]))
         objects = tuple(parse_id(text) for text in fields["objects"])
-        return Lease(path, process, str(fields["purpose"]), objects, fields["writes"] is True, since)
+        return Lease(path, process, str(fields["purpose"]), objects, fields["writes"] is True, float(fields["since"]))
     except (ValueError, TypeError, Damaged) as exc:
         raise Damaged(
-            f"the lease {path} cannot be read: {exc}", hint="if nothing uses the store, remove the file"
+            f"the lease {path} cannot be read: {exc}",
+            hint="if nothing uses the store, remove the file; after half an hour it is ignored",
         ) from exc

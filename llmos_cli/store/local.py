@@ -3,11 +3,12 @@
 Opening refuses a store whose FORMAT it does not know before it touches anything else in it.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Final
 
 from llmos_cli.config import Config, parse_config, render_config
-from llmos_cli.errors import NotFound, from_os_error
+from llmos_cli.errors import AccessDenied, NoSpace, NotFound, UsageError, from_os_error
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, PACKS, REFS, check_format
 from llmos_cli.progress import Progress, Silent
 from llmos_cli.store import durable
@@ -37,13 +38,21 @@ def find_store(explicit: Path | None, from_env: str | None, cwd: Path, home: Pat
     named = explicit or (Path(from_env) if from_env else None)
     if named:
         for root in (named, named / STORE_FOLDER):
-            if (root / FORMAT_FILE).exists():
+            if _is_store(root):
                 return root
         raise NotFound(f"no llmos store at {named}", hint=f"make one: llmos --store {named} init")
     for folder in (cwd, *cwd.parents, home):
-        if (folder / STORE_FOLDER / FORMAT_FILE).exists():
-            return folder / STORE_FOLDER
+        with contextlib.suppress(AccessDenied):  # somebody else's folder on the way up to the root
+            if _is_store(folder / STORE_FOLDER):
+                return folder / STORE_FOLDER
     raise NotFound(f"no llmos store in {cwd} or any folder above it", hint="make one here: llmos init")
+
+
+def _is_store(root: Path) -> bool:
+    try:
+        return (root / FORMAT_FILE).exists()
+    except OSError as exc:
+        raise from_os_error(exc, f"looking for a store at {root}") from exc
 
 
 def open_store(root: Path, progress: Progress | None = None) -> Store:
@@ -56,12 +65,29 @@ def open_store(root: Path, progress: Progress | None = None) -> Store:
         raise NotFound(f"no llmos store at {root}", hint="make one: llmos init") from exc
     except OSError as exc:
         raise from_os_error(exc, f"opening the store {root}") from exc
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"{config_path} is not text: {exc}") from exc
+    _make_missing(root)
     store = Store(root, config, progress or Silent())
-    if store.index.is_new:
-        added = sync_index(store)
-        if added.packs:
-            store.progress.warn(f"the index was lost or outdated: rebuilt it from {added.packs} packs")
+    store.index.refill = lambda: _fill_index(store)
+    if not store.index.is_complete:
+        _fill_index(store)
     return store
+
+
+def _make_missing(root: Path) -> None:
+    """Tools that copy a store leave out empty folders; where data should be, a missing folder is for fsck to report."""
+    for folder in FOLDERS:
+        if folder not in (PACKS, REFS) and not (root / folder).is_dir():
+            with contextlib.suppress(AccessDenied, NoSpace):
+                durable.make_folder(root / folder)
+
+
+def _fill_index(store: Store) -> None:
+    added = sync_index(store)
+    store.index.mark_complete()
+    if added.packs:
+        store.progress.warn(f"the index was lost or unusable: rebuilt it from {added.packs} packs")
 
 
 def save_config(store: Store, config: Config) -> None:

@@ -1,60 +1,53 @@
 """Reading objects and files. Every read is checked: frame header, checksum, exact size; manifests also by their id.
 
-An object that is not where the index says is looked for once more, in packs the index does not know and in the trash,
-before it is an error: a crash, another process or a gc may have moved it meanwhile.
+An object that is not where the index says is looked for in packs the index does not know, in the trash and in every
+pack itself before it is an error: a crash, another process or a gc may have moved it, or the index may be wrong.
 """
 
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
-from llmos_cli.errors import Damaged
-from llmos_cli.formats.frame import check_id, decode_payload
+from llmos_cli.errors import Damaged, NotFound, UnknownVersion
+from llmos_cli.formats.frame import Frame, check_id, decode_payload
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Chunk, FileEntry, Manifest, decode_manifest
 from llmos_cli.store.handle import Store
-from llmos_cli.store.packs import read_frame, restore_from_trash, sync_index
+from llmos_cli.store.index import Location
+from llmos_cli.store.packs import find_in_packs, read_frame, read_pack, restore_from_trash, sync_index
 
 _CACHED_CHUNKS: Final = 8
+_FSCK: Final = "see what it affects: llmos fsck"
+
+T = TypeVar("T")
 
 
 def read_object(store: Store, oid: ObjectId, *, verify_id: bool = False) -> bytes:
     """An object's plain bytes. Raises Damaged naming the object if it is missing or broken."""
-    locations = store.index.locate(oid)
-    size = locations[0].entry.plain_size if locations else None
-    if size is None and _search(store, oid):
-        size = store.index.locate(oid)[0].entry.plain_size
-    if size is None:
-        raise _missing(oid)
-    out = bytearray(size)
-    read_object_into(store, oid, memoryview(out), verify_id=verify_id)
-    return bytes(out)
+
+    def use(frame: Frame, payload: memoryview) -> bytes:
+        out = bytearray(frame.plain_size)
+        decode_payload(frame, payload, memoryview(out))
+        if verify_id:
+            check_id(frame, out)
+        return bytes(out)
+
+    return _find(store, oid, use)
 
 
 def read_object_into(store: Store, oid: ObjectId, out: memoryview, *, verify_id: bool = False) -> None:
     """Fill `out` with an object's plain bytes; `out` must have exactly its size."""
-    problem: Damaged | None = None
-    for attempt in range(2):
-        for location in store.index.locate(oid):
-            try:
-                frame, payload = read_frame(store.pack_path(location.pack), location.entry)
-                if frame.id != oid or frame.plain_size != len(out):
-                    raise Damaged(f"object {oid.short} has {frame.plain_size} bytes, {len(out)} were expected")
-                decode_payload(frame, payload, out)
-                if verify_id:
-                    check_id(frame, out)
-                return
-            except FileNotFoundError:
-                continue
-            except Damaged as exc:
-                problem = exc
-                problem.hint = problem.hint or "see what it affects: llmos fsck"
-                if attempt == 0:  # the index may be what is wrong: read this pack's own index again
-                    store.index.drop_pack(location.pack)
-        if attempt == 0 and not _search(store, oid):
-            break
-    raise problem or _missing(oid)
+
+    def use(frame: Frame, payload: memoryview) -> None:
+        if frame.plain_size != len(out):
+            raise _WrongSize(f"object {oid.short} has {frame.plain_size} bytes, {len(out)} were expected")
+        decode_payload(frame, payload, out)
+        if verify_id:
+            check_id(frame, out)
+
+    _find(store, oid, use)
 
 
 def read_manifest(store: Store, oid: ObjectId) -> Manifest:
@@ -128,11 +121,48 @@ def open_file(store: Store, entry: FileEntry) -> FileReader:
     return FileReader(store, entry)
 
 
-def _search(store: Store, oid: ObjectId) -> bool:
-    """Look for an object beyond the index; True if the index knows it now."""
+class _WrongSize(Damaged):
+    """Whoever asked is wrong, not the object."""
+
+
+def _find(store: Store, oid: ObjectId, use: Callable[[Frame, memoryview], T]) -> T:
+    """Look for an object where the index says, then ever further, until some copy of it can be used."""
+    problem: Damaged | None = None
+    for search in (None, _in_new_packs, restore_from_trash, find_in_packs):
+        if search is find_in_packs and problem:
+            break  # it was found, and it is damaged
+        if search:
+            search(store, oid)
+        for location in store.index.locate(oid):
+            try:
+                frame, payload = read_frame(store.pack_path(location.pack), location.entry)
+                if frame.id != oid:
+                    raise Damaged(f"object {oid.short} is not where the index says")
+                return use(frame, payload)
+            except FileNotFoundError:
+                continue
+            except (UnknownVersion, _WrongSize):
+                raise
+            except Damaged as exc:
+                problem = exc
+                problem.hint = problem.hint or _FSCK
+                _reconsider(store, location)
+    raise problem or Damaged(f"object {oid.short} is missing from the store", hint=_FSCK)
+
+
+def _in_new_packs(store: Store, oid: ObjectId) -> None:
     sync_index(store)
-    return store.index.has(oid) or restore_from_trash(store, oid)
 
 
-def _missing(oid: ObjectId) -> Damaged:
-    return Damaged(f"object {oid.short} is missing from the store", hint="see what it affects: llmos fsck")
+def _reconsider(store: Store, location: Location) -> None:
+    """A read failed: either the index is wrong about the pack, or this copy is damaged and does not count as stored."""
+    try:
+        content = read_pack(store.pack_path(location.pack))
+    except NotFound:
+        return
+    if isinstance(content.problem, UnknownVersion):
+        return
+    if location.entry in content.entries:
+        store.index.forget(location.entry.id, location.pack)
+    else:
+        store.index.add_pack(location.pack, content.size, content.entries)

@@ -3,20 +3,32 @@
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
-from llmos_cli.errors import Damaged, NotFound, from_os_error
-from llmos_cli.formats import limits
-from llmos_cli.formats.frame import HEADER_BYTES, Frame
+from llmos_cli.errors import AccessDenied, Damaged, NotFound, UnknownVersion, from_os_error
+from llmos_cli.formats import codec, limits
+from llmos_cli.formats.frame import HEADER_BYTES, Frame, check_id, decode_header, decode_payload, plain_limit
 from llmos_cli.formats.ids import Buffer, IdHasher, ObjectId, parse_id
 from llmos_cli.formats.layout import PACK_SUFFIX
-from llmos_cli.formats.pack import Entry, aligned, check_entry, entry_of, pack_end, pack_header, padding, read_index
+from llmos_cli.formats.pack import (
+    ALIGNMENT,
+    HEADER_SIZE,
+    Entry,
+    aligned,
+    check_entry,
+    entry_of,
+    pack_end,
+    pack_header,
+    padding,
+    read_index,
+)
 from llmos_cli.store import durable
 from llmos_cli.store.handle import Store
 
+_TRIES: Final = 4  # a gc may move a pack again and again while we look for it
 _scratch = threading.local()
 
 
@@ -35,7 +47,11 @@ class PackWriter:
         self._hasher = IdHasher()
         self._size = 0
         self.entries: list[Entry] = []
-        self._write(pack_header())
+        try:
+            self._write(pack_header())
+        except BaseException:
+            self.discard()
+            raise
 
     @property
     def size(self) -> int:
@@ -93,12 +109,8 @@ def install_pack(store: Store, temp: Path, name: ObjectId, size: int, entries: S
     """Give a complete, durable temporary file its place among the packs, then index it."""
     target = store.pack_path(name)
     try:
-        if target.exists():  # content names: the same bytes won already
-            durable.remove(temp)
-            durable.touch(target)
-        else:
-            durable.make_folder(target.parent)
-            durable.publish(temp, target, mode=0o444)
+        durable.make_folder(target.parent)
+        durable.publish(temp, target, mode=0o444)  # over one of the same name, whose bytes may have rotted
     except BaseException:
         durable.remove(temp)
         raise
@@ -111,6 +123,8 @@ def read_frame(path: Path, entry: Entry) -> tuple[Frame, memoryview]:
 
     Raises FileNotFoundError if the pack is gone, Damaged if it does not hold the entry there.
     """
+    if entry.payload_size > plain_limit(entry.kind):
+        raise Damaged(f"object {entry.id.short}: its index line is outside the declared limits")
     size = HEADER_BYTES + entry.payload_size
     buffer = scratch(size)
     try:
@@ -133,9 +147,12 @@ def read_frame(path: Path, entry: Entry) -> tuple[Frame, memoryview]:
 
 def scratch(size: int) -> memoryview:
     """Memory of this thread, reused from call to call: fresh pages for every chunk would cost more than decoding it."""
+    usual = limits.CHUNK_BYTES + HEADER_BYTES
+    if size > usual:  # a big manifest; not worth keeping
+        return memoryview(bytearray(size))
     buffer: bytearray | None = getattr(_scratch, "buffer", None)
-    if buffer is None or len(buffer) < size:
-        buffer = _scratch.buffer = bytearray(aligned(max(size, limits.CHUNK_BYTES + HEADER_BYTES)))
+    if buffer is None:
+        buffer = _scratch.buffer = bytearray(aligned(usual))
     return memoryview(buffer)[:size]
 
 
@@ -150,15 +167,83 @@ def read_pack_index(path: Path) -> tuple[int, tuple[Entry, ...]]:
     except OSError as exc:
         raise from_os_error(exc, f"reading {path}") from exc
     except Damaged as exc:
-        raise Damaged(f"{exc.message} (in {path})", hint="see what it affects: llmos fsck") from exc
+        hint = exc.hint or "see what it affects: llmos fsck"
+        raise type(exc)(f"{exc.message} (in {path})", hint=hint) from exc
+
+
+@dataclass(frozen=True)
+class PackContent:
+    """What a pack holds. `problem` says why its index could not be read; `entries` are then the frames found in it."""
+
+    size: int
+    entries: tuple[Entry, ...]
+    problem: Damaged | None
+
+
+def read_pack(path: Path) -> PackContent:
+    """A pack's content from its index or, where that is damaged, from the frames themselves; NotFound if it is gone."""
+    try:
+        size, entries = read_pack_index(path)
+    except UnknownVersion as exc:
+        return PackContent(0, (), exc)
+    except Damaged as exc:
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                return PackContent(size, tuple(_salvage(path, file.fileno(), size)), exc)
+        except FileNotFoundError:
+            raise NotFound(f"pack {path.name} is gone") from exc
+        except OSError:
+            return PackContent(0, (), exc)
+    return PackContent(size, entries, None)
+
+
+def _salvage(path: Path, fd: int, size: int) -> Iterator[Entry]:
+    """The frames that stand in a damaged pack, by their own headers. Each is proven by its id: bytes inside a payload
+    may look like a frame."""
+    at = HEADER_SIZE
+    while at + HEADER_BYTES <= size:
+        try:
+            entry = entry_of(decode_header(os.pread(fd, HEADER_BYTES, at)), at)
+            verify_frame(path, entry)
+        except Damaged:
+            at += ALIGNMENT
+            continue
+        yield entry
+        at = aligned(entry.end)
+
+
+def verify_frame(path: Path, entry: Entry) -> None:
+    """Prove that a pack holds an object at an index line, by its id. Raises Damaged, or FileNotFoundError."""
+    frame, payload = read_frame(path, entry)
+    if frame.codec == codec.DELTA:
+        raise Damaged(f"object {frame.id.short} is a delta, which this version cannot check")
+    plain = bytearray(frame.plain_size)
+    decode_payload(frame, payload, memoryview(plain))
+    check_id(frame, plain)
 
 
 def list_packs(folder: Path) -> dict[ObjectId, Path]:
-    """The pack files below a folder by name; whatever else lies there is passed over."""
+    """The pack files below a folder by name; whatever else lies there is passed over.
+
+    Raises Damaged or AccessDenied for a folder that cannot be listed: that must never look like "no packs".
+    """
+
+    def refuse(exc: OSError) -> None:
+        if isinstance(exc, FileNotFoundError) and exc.filename != str(folder):
+            return  # removed meanwhile
+        if isinstance(exc, FileNotFoundError):
+            raise Damaged(f"the folder {folder} is missing", hint="restore it from a backup") from exc
+        raise from_os_error(exc, f"listing {exc.filename}") from exc
+
     found: dict[ObjectId, Path] = {}
-    for path in sorted(folder.glob(f"**/*{PACK_SUFFIX}")):
-        with contextlib.suppress(Damaged):
-            found[parse_id(path.stem)] = path
+    for at, subfolders, files in os.walk(folder, onerror=refuse):
+        subfolders.sort()
+        for file in sorted(files):
+            stem, suffix = os.path.splitext(file)
+            if suffix == PACK_SUFFIX:
+                with contextlib.suppress(Damaged):
+                    found[parse_id(stem)] = Path(at, file)
     return found
 
 
@@ -172,65 +257,108 @@ class Sync:
 
 
 def sync_index(store: Store) -> Sync:
-    """Bring the index in step with the packs folder. A damaged pack is left out and named."""
+    """Bring the index in step with the packs folder. Of a damaged pack only the frames that stand are noted.
+
+    What the index knows is durable: whoever published a pack may have died before its name was.
+    """
     indexed = store.index.packs()
     present = list_packs(store.packs)
     added, dropped, damaged = 0, 0, []
     for name in indexed.keys() - present.keys():
-        store.index.drop_pack(name)
-        dropped += 1
-    for name in present.keys() - indexed.keys():
+        if not store.pack_path(name).exists():
+            store.index.drop_pack(name)
+            dropped += 1
+    new = {name: present[name] for name in present.keys() - indexed.keys()}
+    for folder in {path.parent for path in new.values()}:
+        with contextlib.suppress(AccessDenied):  # a read-only file system cannot and need not
+            durable.sync_folder(folder)
+    for name, path in new.items():
         try:
-            size, entries = read_pack_index(present[name])
+            content = read_pack(path)
         except NotFound:
             continue
-        except Damaged as exc:
-            damaged.append((name, exc.message))
-            continue
-        store.index.add_pack(name, size, entries)
-        added += 1
+        if content.problem:
+            damaged.append((name, content.problem.message))
+        if content.entries:
+            store.index.add_pack(name, content.size, content.entries)
+            added += 1
     return Sync(added, dropped, tuple(damaged))
+
+
+def reread_packs(store: Store) -> None:
+    """Note every pack anew from its own content, in case the index is wrong about some."""
+    for name, path in list_packs(store.packs).items():
+        with contextlib.suppress(NotFound):
+            content = read_pack(path)
+            if content.entries:
+                store.index.add_pack(name, content.size, content.entries)
+
+
+def find_in_packs(store: Store, oid: ObjectId) -> bool:
+    """Look for an object in every pack itself, in case the index is wrong; what is found is noted."""
+    for name, path in list_packs(store.packs).items():
+        try:
+            content = read_pack(path)
+        except NotFound:
+            continue
+        if any(entry.id == oid for entry in content.entries):
+            store.index.add_pack(name, content.size, content.entries)
+            return True
+    return False
 
 
 def restore_from_trash(store: Store, oid: ObjectId) -> bool:
     """Bring back the pack in the trash that holds an object; False if none does."""
     for name, path in list_packs(store.trash).items():
         try:
-            size, entries = read_pack_index(path)
-        except (Damaged, NotFound):
+            content = read_pack(path)
+        except NotFound:
             continue
-        if any(entry.id == oid for entry in entries):
-            target = store.pack_path(name)
-            durable.make_folder(target.parent)
-            durable.touch(path)
-            if durable.move(path, target) or target.exists():
-                store.index.add_pack(name, size, entries)
-                return True
+        if any(entry.id == oid for entry in content.entries) and restore_pack(store, name, path, content):
+            return True
     return False
 
 
-def secure(store: Store, objects: Iterable[ObjectId], *, fresh: set[ObjectId]) -> None:
+def restore_pack(store: Store, name: ObjectId, path: Path, content: PackContent) -> bool:
+    """Move a pack from the trash back to its place; False if it has gone from there for good."""
+    target = store.pack_path(name)
+    durable.make_folder(target.parent)
+    durable.touch(path)
+    if not durable.move(path, target) and not target.exists():
+        return False
+    store.index.add_pack(name, content.size, content.entries)
+    return True
+
+
+def secure(store: Store, objects: Iterable[ObjectId], *, fresh: Set[ObjectId]) -> None:
     """Make sure that objects about to become reachable are all there, and make the packs that hold them young again.
 
     `fresh` packs were just written. What a gc took meanwhile comes back from the trash; raises Damaged if it cannot.
     """
     packs: set[ObjectId] = set()
     for oid in objects:
-        packs.add(_holder(store, oid, packs | fresh))
+        packs.add(_holder(store, oid, packs))
     for pack in packs - fresh:
         durable.touch(store.pack_path(pack))
 
 
+def find_holder(store: Store, oid: ObjectId, known: Collection[ObjectId] = ()) -> ObjectId | None:
+    """A pack that the index says holds an object and whose file exists; `known` ones need no look."""
+    for location in store.index.locate(oid):
+        if location.pack in known or store.pack_path(location.pack).exists():
+            return location.pack
+    return None
+
+
 def _holder(store: Store, oid: ObjectId, known: set[ObjectId]) -> ObjectId:
     """A pack that holds an object and exists; brought back from the trash if it must be."""
-    for attempt in range(3):
-        for location in store.index.locate(oid):
-            if location.pack in known or store.pack_path(location.pack).exists():
-                return location.pack
-        if attempt == 0:
-            sync_index(store)
-        elif attempt == 1:
-            restore_from_trash(store, oid)
+    for attempt in range(_TRIES):
+        pack = find_holder(store, oid, known)
+        if pack:
+            return pack
+        sync_index(store)
+        if attempt and not restore_from_trash(store, oid):
+            find_in_packs(store, oid)
     raise Damaged(
         f"object {oid.short} was removed while it was being used", hint="run the command again: it will be stored anew"
     )

@@ -70,8 +70,8 @@ class Pipeline:
         while self._buffers.empty():
             self._write_next()
         buffer = self._buffers.get()
-        if len(buffer) < size:  # grown once to the size of a chunk: fresh pages cost more than hashing them
-            buffer = bytearray(max(size, min(limits.CHUNK_BYTES, 4 * size)))
+        if len(buffer) < 2 * size:  # half for plain bytes, half for planes; grown to the size of a chunk and kept
+            buffer = bytearray(2 * min(limits.CHUNK_BYTES, 4 * size))
         self._in_flight.append((self._workers.submit(self._encode, size, words, fill, buffer), done))
 
     def drain(self) -> None:
@@ -115,7 +115,7 @@ class Pipeline:
             self._claimed.add(oid)
         if claimed or self._store.index.has(oid):
             return _Encoded(chunk, buffer, None, b"", ())
-        encoded = codec.encode(plain, words)
+        encoded = codec.encode(plain, words, memoryview(buffer)[len(buffer) // 2 :][:size])
         frame = new_frame(CHUNK, oid, size, encoded)
         return _Encoded(chunk, buffer, frame, encode_header(frame), encoded.parts)
 

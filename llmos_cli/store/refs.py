@@ -1,8 +1,8 @@
 """Refs: names that move. A ref is the folder `refs/NAME/TAG/` of numbered moves; the highest valid number is its value.
 
 The compare-and-swap is the exclusive creation of the next number: of many writers exactly one gets it, with no lock
-that could be left behind or that a network file system fakes. A writer that was overtaken (moves after the one it
-saw were made and the log was trimmed) finds a higher number than its own and gives its move back.
+that could be left behind or that a network file system fakes. A writer that was overtaken (the log was trimmed, or
+the ref deleted and made anew) finds that its move does not follow the value it saw, and gives it back.
 """
 
 import os
@@ -65,9 +65,12 @@ def ref_history(store: Store, ref: RefName) -> list[RefEntry]:
 
 
 def update_ref(store: Store, ref: RefName, new: ObjectId, *, expected: ObjectId | None, message: str) -> RefEntry:
-    """Move a ref from `expected` (None: it must not exist) to `new`; raises Conflict if somebody was faster."""
+    """Move a ref from `expected` (None: it has no value) to `new`; raises Conflict if somebody was faster.
+
+    A ref of which no move can be read any more has no value: it may be pointed anew.
+    """
     sequences = _sequences(store, ref)
-    current = _read_from(store, ref, sequences)
+    current = _value(store, ref, sequences)
     if (current.id if current else None) != expected:
         raise _conflict(ref, expected, current)
     if current and current.id == new:
@@ -86,16 +89,21 @@ def publish_move(store: Store, entry: RefEntry) -> None:
     temp = durable.temp_path(store.tmp)
     with durable.new_file(temp) as file:
         durable.write_all(file, encode_entry(entry))
-    if not durable.publish_new(temp, target):
+    try:
+        won = durable.publish_new(temp, target)
+    except NotFound:  # the ref was deleted at this moment
+        won = False
+    if not won:
         raise _conflict(entry.ref, entry.previous, read_ref(store, entry.ref))
-    if _sequences(store, entry.ref)[-1:] != [entry.sequence]:
+    if not _follows(store, entry):
         durable.remove(target)
         raise _conflict(entry.ref, entry.previous, read_ref(store, entry.ref))
 
 
 def delete_ref(store: Store, ref: RefName, *, expected: ObjectId) -> RefEntry:
     """Remove a ref with its log (into the trash, where gc keeps it for the grace period)."""
-    current = read_ref(store, ref)
+    sequences = _sequences(store, ref)
+    current = _read_from(store, ref, sequences)
     if current is None:
         raise NotFound(f"no ref {ref}", hint="list them: llmos ls")
     if current.id != expected:
@@ -106,6 +114,10 @@ def delete_ref(store: Store, ref: RefName, *, expected: ObjectId) -> RefEntry:
     target = target.with_name(f"ref-{ref.name}-{ref.tag}-{target.name.removeprefix(durable.TEMP_PREFIX)}")
     if not durable.move(folder, target):
         raise _conflict(ref, expected, None)
+    if _numbers(target)[-1:] != sequences[-1:]:  # somebody moved it before it was gone: that move must not be lost
+        durable.make_folder(folder.parent)
+        durable.move(target, folder)
+        raise _conflict(ref, expected, read_ref(store, ref))
     durable.remove_empty_folder(folder.parent)
     return current
 
@@ -129,6 +141,29 @@ def _read_from(store: Store, ref: RefName, sequences: list[int]) -> RefEntry | N
     return None
 
 
+def _value(store: Store, ref: RefName, sequences: list[int]) -> RefEntry | None:
+    """A ref's value for a writer, to whom a ref with nothing but damaged moves is one without a value."""
+    try:
+        return _read_from(store, ref, sequences)
+    except UnknownVersion:
+        raise
+    except Damaged as exc:
+        store.progress.warn(exc.message)
+        return None
+
+
+def _follows(store: Store, entry: RefEntry) -> bool:
+    """Whether a move just made stands right after the value it replaces, and is the newest or was built upon."""
+    sequences = _sequences(store, entry.ref)
+    earlier = [number for number in sequences if number < entry.sequence]
+    later = [number for number in sequences if number > entry.sequence]
+    before = _value(store, entry.ref, earlier)
+    if entry.sequence not in sequences or (before.id if before else None) != entry.previous:
+        return False
+    after = _read_move(store, entry.ref, later[0]) if later else None
+    return not later or (after is not None and (after.sequence, after.previous) == (entry.sequence + 1, entry.id))
+
+
 def _read_move(store: Store, ref: RefName, sequence: int) -> RefEntry | None:
     path = _folder(store, ref) / entry_name(sequence)
     try:
@@ -141,7 +176,10 @@ def _read_move(store: Store, ref: RefName, sequence: int) -> RefEntry | None:
 
 
 def _sequences(store: Store, ref: RefName) -> list[int]:
-    path = _folder(store, ref)
+    return _numbers(_folder(store, ref))
+
+
+def _numbers(path: Path) -> list[int]:
     try:
         numbers = [parse_entry_name(name) for name in os.listdir(path)]
     except (FileNotFoundError, NotADirectoryError):

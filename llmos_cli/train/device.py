@@ -4,8 +4,9 @@ Checkpoints, data order, random state and loss normalisation stay ours; accelera
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -44,11 +45,15 @@ def open_accelerator(precision: str) -> Iterator[Accelerator]:
 @contextmanager
 def _deterministic(*, cuda: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    switches: Any = torch.utils.deterministic
+    fill = switches.fill_uninitialized_memory
     # On CUDA cuBLAS wants its workspace set before the process starts and would fail instead of computing.
     torch.use_deterministic_algorithms(True, warn_only=cuda)
+    switches.fill_uninitialized_memory = False  # a twentieth of a step, to find bugs that are not ours
     try:
         yield
     finally:
+        switches.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
@@ -63,3 +68,11 @@ def describe(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{device.type}, {threads} thread{'s' if threads != 1 else ''}"
+
+
+def is_slow(device: torch.device, precision: str) -> bool:
+    """Whether the device has to emulate this precision."""
+    if device.type != "cpu" or precision != "bf16":
+        return False
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return known.get("architecture") == "x86_64" and not (known.get("avx512_bf16") or known.get("amx_bf16"))

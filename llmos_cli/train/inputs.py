@@ -26,6 +26,7 @@ def model_config(store: Store, manifest: Manifest, what: str) -> dict[str, Json]
 
 
 def check_dataset(data: Manifest, label: str) -> None:
+    """Raise UsageError unless `data` is a dataset with at least one row to predict in."""
     if data.kind != "dataset":
         raise UsageError(f"{label} is a {data.kind}, not a dataset", hint="make one with: llmos shard TEXT... NAME")
     if data.meta.get("task") != "lm":
@@ -40,6 +41,7 @@ def check_dataset(data: Manifest, label: str) -> None:
 
 
 def check_parent(store: Store, parent: Manifest, label: str, data: Manifest, data_label: str) -> None:
+    """Raise UsageError or Unsafe unless `parent` is a trainable model that speaks the dataset's tokens."""
     if parent.kind not in ("model", "checkpoint"):
         raise UsageError(f"{label} is a {parent.kind}, not a model", hint="llmos ls shows what there is")
     table = model_config(store, parent, label)
@@ -54,6 +56,7 @@ def check_parent(store: Store, parent: Manifest, label: str, data: Manifest, dat
 
 
 def check_sizes(table: Mapping[str, Json], label: str, data: Manifest, data_label: str) -> None:
+    """Raise UsageError if the rows or the vocabulary are larger than what a config.json provides for."""
     seq_len, tokens = dataset_number(data, "seq_len", data_label), dataset_number(data, "vocab_size", data_label)
     vocab = table.get("vocab_size")
     if isinstance(vocab, int) and tokens > vocab:
@@ -71,6 +74,7 @@ def check_sizes(table: Mapping[str, Json], label: str, data: Manifest, data_labe
 
 
 def dataset_number(data: Manifest, key: str, label: str) -> int:
+    """One of a dataset's counts."""
     value = data.meta.get(key)
     if type(value) is not int:
         raise Damaged(f"dataset {label} does not say its {key}")
@@ -78,6 +82,7 @@ def dataset_number(data: Manifest, key: str, label: str) -> int:
 
 
 def tokenizer_file(manifest: Manifest) -> FileEntry | None:
+    """The tokenizer.json of a model or a dataset."""
     return manifest.file("tokenizer/tokenizer.json") if manifest.kind == "dataset" else manifest.file("tokenizer.json")
 
 

@@ -25,7 +25,7 @@ from llmos_cli.store.local import Store
 from llmos_cli.store.objects import read_file
 from llmos_cli.train.causal import check_causal
 from llmos_cli.train.checkpoint import POSITION, Position, decode_position, restore
-from llmos_cli.train.device import describe, open_accelerator
+from llmos_cli.train.device import describe, is_slow, open_accelerator
 from llmos_cli.train.inputs import dataset_number, model_config
 from llmos_cli.train.loop import Diverged, StepDone, run_steps
 from llmos_cli.train.metrics import RunLog
@@ -66,6 +66,8 @@ def run(
     config = plan.config
     inputs = [oid for oid in (plan.data_id, plan.model_id) if oid is not None]
     with quiet(), hold(store, f"train {plan.target.name}", inputs), open_accelerator(config.precision) as accelerator:
+        if is_slow(accelerator.device, config.precision):
+            progress.warn(f"this processor has no {config.precision} instructions: fp32 is many times faster here")
         model, small_files = _build(store, plan, progress)
         _check_model(model, plan)
         rows = TokenRows(store, plan.data)

@@ -170,12 +170,15 @@ class _BarTask:
         self._bars.remove_task(self._id)
 
     def _draw(self, now: float) -> None:
-        parts = [_amount(self._done, self._total, self._unit)]
-        parts.append(_rate(self._done / max(now - self._start, 1e-9), self._unit))
-        if self._total and 0 < self._done < self._total:
-            parts.append(f"{duration((now - self._start) * (self._total / self._done - 1))} left")
-        if self._note:
-            parts.append(self._note)
+        rate = _rate(self._done / max(now - self._start, 1e-9), self._unit)
+        if self._bars.console.width < NARROW_COLUMNS:
+            parts = [rate]
+        else:
+            parts = [_amount(self._done, self._total, self._unit), rate]
+            if self._total and 0 < self._done < self._total:
+                parts.append(f"{duration((now - self._start) * (self._total / self._done - 1))} left")
+            if self._note:
+                parts.append(self._note)
         self._bars.update(self._id, completed=self._done, status="  ".join(parts))
 
 

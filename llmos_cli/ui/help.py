@@ -27,12 +27,11 @@ EXAMPLES: Sequence[tuple[str, str]] = (
 )
 
 
-def root_help(groups: Mapping[str, Sequence[tuple[str, str]]], exit_codes: Mapping[int, str]) -> str:
-    """The page; `groups` maps a heading to (verb, one-line summary) pairs."""
+def root_help(groups: Mapping[str, Mapping[str, str]], exit_codes: Mapping[int, str]) -> str:
+    """The page; `groups` maps a heading to verbs and what they are for."""
     lines = [HEAD]
     for title, verbs in groups.items():
-        if verbs:
-            lines += [f"{title.capitalize()}:", *_pairs(verbs, 12), ""]
+        lines += [f"{title.capitalize()}:", *_pairs(tuple(verbs.items()), 12), ""]
     lines += ["Options:", *_pairs(OPTIONS, 15), ""]
     lines += ["Examples:", *_pairs(EXAMPLES, 31), ""]
     codes = "; ".join(f"{code} {text}" for code, text in exit_codes.items())

@@ -54,12 +54,14 @@ class Output:
         if not self.json:
             _write_out(safe(text) if _is_terminal(sys.stdout) else text, flush=True)
 
-    def table(self, columns: list[str], rows: Iterable[list[str]], right: Iterable[int] = ()) -> None:
-        """A table for a person, fitted to the terminal's width; on a pipe nothing is cut."""
+    def table(
+        self, columns: list[str], rows: Iterable[list[str]], right: Iterable[int] = (), spare: Iterable[int] = ()
+    ) -> None:
+        """A table for a person, fitted to the terminal's width (see `table_lines`); on a pipe nothing is cut."""
         if self.json:
             return
         width = self.width if _is_terminal(sys.stdout) else self.columns
-        for text in table_lines(columns, list(rows), right=frozenset(right), width=width):
+        for text in table_lines(columns, list(rows), right=frozenset(right), spare=frozenset(spare), width=width):
             self.line(text)
 
     def say(self, text: str) -> None:

@@ -84,30 +84,40 @@ def shorten(text: str, width: int) -> str:
 
 
 def table_lines(
-    columns: list[str], rows: list[list[str]], *, right: frozenset[int] = frozenset(), width: int | None = None
+    columns: list[str],
+    rows: list[list[str]],
+    *,
+    right: frozenset[int] = frozenset(),
+    spare: frozenset[int] = frozenset(),
+    width: int | None = None,
 ) -> list[str]:
     """A table without boxes: a header and a line a row, two spaces between columns.
 
-    Given a `width`, the widest left-aligned columns are shortened until a line fits, but none below 8 characters.
+    Where a line does not fit in `width`, `spare` columns are left out, the last one first; then texts are shortened,
+    the widest first, but none below 6 characters, and no number and no id.
     """
-    header = [column.upper() for column in columns]
-    cells = [header, *([safe_line(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
-    if width is not None:
-        free = [index for index in range(len(columns)) if index not in right]
-        while sum(widths) + 2 * (len(widths) - 1) > width:
-            widest = max(free, key=lambda index: widths[index], default=None)
-            if widest is None or widths[widest] <= 8:
-                break
-            widths[widest] -= 1
-    lines = []
-    for row in cells:
-        fields = [
-            cell.rjust(widths[index]) if index in right else shorten(cell, widths[index]).ljust(widths[index])
-            for index, cell in enumerate(row)
-        ]
-        lines.append("  ".join(fields).rstrip())
-    return lines
+    cells = [[column.upper() for column in columns], *([safe_line(cell) for cell in row] for row in rows)]
+    widths = {index: max(len(row[index]) for row in cells) for index in range(len(columns))}
+
+    def excess() -> int:
+        return 0 if width is None else sum(widths.values()) + 2 * (len(widths) - 1) - width
+
+    for index in sorted(spare, reverse=True):
+        if excess() > 0:
+            del widths[index]
+    flexible = [index for index in widths if index not in right and columns[index] != "id"]
+    while excess() > 0 and flexible:
+        widest = max(flexible, key=lambda index: widths[index])
+        if widths[widest] <= 6:
+            break
+        widths[widest] -= 1
+    return [
+        "  ".join(
+            row[index].rjust(wide) if index in right else shorten(row[index], wide).ljust(wide)
+            for index, wide in widths.items()
+        ).rstrip()
+        for row in cells
+    ]
 
 
 def _spell(match: re.Match[str]) -> str:

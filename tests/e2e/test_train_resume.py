@@ -134,3 +134,26 @@ def test_killed_stopped_and_resumed_gives_the_same_ids(sandbox: Sandbox, tmp_pat
     assert other.steps() == list(range(1, STEPS + 1))
     assert other.result(*TRAIN)["unchanged"] is True
     other.run("fsck")
+
+
+@pytest.mark.root
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
+def test_a_full_disk_during_a_checkpoint(sandbox: Sandbox) -> None:
+    disk = sandbox.folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        shutil.move(sandbox.store, disk / ".llmos")
+        here = ("--store", str(disk / ".llmos"))
+        _, err = sandbox.run(*here, *TRAIN, code=15)
+        assert "no space" in err
+        assert "tiny:checkpoint holds step" in err
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+        sandbox.run(*here, "fsck")
+        out, _ = sandbox.run(*here, "train", "tiny", "--resume", "--json")
+        assert json.loads(out)["step"] == STEPS
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -98,8 +98,8 @@ def test_global_options_stand_before_or_after_the_command(llmos: Llmos, folder: 
     second = llmos("init", "--json", "--store", "b").json
     assert first == {"store": str(folder / "a"), "created": True}
     assert second == {"store": str(folder / "b"), "created": True}
-    assert llmos("ls", "--store", "a", "--json").json["store"] == "a"
-    assert llmos("--store", "a", "ls", "--store", "b", "--json").json["store"] == "b"
+    assert llmos("ls", "--store", "a", "--json").json["store"] == str(folder / "a")
+    assert llmos("--store", "a", "ls", "--store", "b", "--json").json["store"] == str(folder / "b")
 
 
 def test_the_value_of_an_option_is_not_taken_for_an_option(llmos: Llmos, store: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import GemmaConfig, GPT2Config, LlamaConfig, MambaConfig, PretrainedConfig
 
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import FileEntry, Manifest, Recipe
@@ -31,6 +31,8 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt2": lambda: GPT2Config(
         vocab_size=512, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
     ),
+    "gemma": lambda: GemmaConfig(**SIZES, head_dim=16),
+    "mamba": lambda: MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, state_size=8),
 }
 TOKENIZER = {"tokenizer.json": b'{"one": 1}', "tokenizer_config.json": b"{}"}
 Put = Callable[..., ObjectId]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from llmos_cli.errors import Damaged, UsageError
+from llmos_cli.errors import Damaged, LlmosError, UsageError
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest, Recipe
 from llmos_cli.formats.names import parse_ref
@@ -52,7 +52,7 @@ def test_a_quantized_model_loads_and_says_nearly_the_same(
     assert not any(parameter.requires_grad for parameter in small.parameters())
     head, embedding = small.get_output_embeddings(), small.get_input_embeddings()
     assert (head.weight is embedding.weight) == (config != "llama-untied")
-    assert (head.weight_scale is embedding.weight_scale) == (config != "llama-untied")
+    assert head.weight_scale.equal(embedding.weight_scale) == (config != "llama-untied")
     with torch.no_grad():
         before, after = plain(IDS).logits.float(), small(IDS).logits.float()
     assert ((before - after).norm() / before.norm()).item() < 0.02
@@ -95,6 +95,25 @@ def test_layers_that_stay_are_listed_with_the_reason(put_model: Put, quantize: Q
     _, result = quantize(put_model(config="gpt2"))
     assert list(result.kept) == ["transformer.wpe.weight"]
     assert "positions" in result.kept["transformer.wpe.weight"]
+
+
+def test_an_embedding_that_scales_itself_stays_with_its_head(store: Store, put_model: Put, quantize: Quantize) -> None:
+    manifest, result = quantize(put_model(config="gemma"))
+    assert set(result.kept) == {"lm_head.weight", "model.embed_tokens.weight"}
+    assert "GemmaTextScaledWordEmbedding" in result.kept["model.embed_tokens.weight"]
+    assert "shares its weight" in result.kept["lm_head.weight"]
+    assert torch.isfinite(load_model(store, manifest)(IDS).logits).all()
+
+
+def test_a_class_that_computes_with_weights_past_its_layers_is_refused(
+    store: Store, put_model: Put, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = put_model(config="mamba")
+    capfd.readouterr()
+    with pytest.raises(LlmosError, match="mamba"):
+        quantize_int8(store, source, parse_ref("small"), progress=Silent())
+    assert read_ref(store, parse_ref("small")) is None
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_layer_stored_in_a_narrow_dtype_stays(store: Store, put_model: Put, quantize: Quantize) -> None:

@@ -262,17 +262,17 @@ def test_what_is_not_served_is_an_error_in_openais_form(serve, engine, method: s
     assert error(response)["type"] == "invalid_request_error"
 
 
-def test_stopping_lets_a_short_answer_finish_and_ends_a_long_one_with_an_error(endless_engine: Engine) -> None:
+def test_stopping_lets_a_short_answer_finish_and_ends_a_long_one_with_an_error(endless_engine: Engine, steps) -> None:
     faults: list[str] = []
     served = Served("tiny:latest", object_id(b"tiny"), 0)
-    with ThreadPoolExecutor() as pool, serving(endless_engine, served, fault=faults.append, drain_seconds=2) as url:
+    with ThreadPoolExecutor() as pool, serving(endless_engine, served, fault=faults.append, drain_seconds=1) as url:
         long = pool.submit(post, url, "completions", COMPLETION | {"max_tokens": 8000})
-        wait_until(lambda: httpx.get(f"{url}/health").status_code == 200)
-        time.sleep(0.3)
+        wait_until(lambda: len(steps) > 0)
     assert long.result().status_code == 503
     assert error(long.result())["code"] == "shutting_down"
+    steps.clear()
     with ThreadPoolExecutor() as pool, serving(endless_engine, served, fault=faults.append, drain_seconds=20) as url:
         short = pool.submit(post, url, "completions", COMPLETION | {"max_tokens": 300})
-        time.sleep(0.2)
+        wait_until(lambda: len(steps) > 0)
     assert short.result().json()["usage"]["completion_tokens"] == 300
     assert faults == []

@@ -73,10 +73,26 @@ def test_what_is_not_json_is_refused(serve, engine: Engine, body: bytes) -> None
     assert code(post(serve(engine), body)) == (400, "invalid_json")
 
 
-def test_half_a_surrogate_pair_is_refused(serve, engine: Engine) -> None:
-    response = post(serve(engine), rb'{"model": "tiny", "prompt": "a\ud800"}')
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        (rb'"prompt": "a\ud800"', "prompt"),
+        (rb'"prompt": "a", "stop": "\ud800"', "stop[0]"),
+        (rb'"prompt": "a", "\ud800": 1', "body"),
+        (rb'"prompt": "a", "user": "\ud800"', "user"),
+        (rb'"prompt": ["\ud800"]', "prompt"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(serve, engine: Engine, change: bytes, param: str) -> None:
+    response = post(serve(engine), b'{"model": "tiny", ' + change + b"}")
     assert response.status_code == 400
-    assert response.json()["error"]["param"] == "prompt"
+    assert response.json()["error"]["param"] == param
+
+
+def test_half_a_surrogate_pair_names_no_model(serve, engine: Engine) -> None:
+    response = post(serve(engine), rb'{"model": "\ud800", "prompt": "a"}')
+    assert response.status_code in (400, 404)
+    assert response.json()["error"]["param"] == "model"
 
 
 def test_a_body_over_the_limit_is_refused_said_or_not(serve, engine: Engine) -> None:

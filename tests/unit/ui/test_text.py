@@ -115,10 +115,21 @@ def test_a_table_fits_its_width(width: int) -> None:
     assert "12.3 GB" in lines[1]
 
 
+def test_a_narrow_table_leaves_out_what_can_be_spared_and_keeps_ids_whole() -> None:
+    columns = ["ref", "id", "when", "what"]
+    rows = [["a-name:latest", "3f2a9c0112aa", "2026-11-23 14:05", "a long message " * 3]]
+    spare = frozenset({2})
+    assert "2026-11-23 14:05" in table_lines(columns, rows, spare=spare, width=100)[1]
+    line = table_lines(columns, rows, spare=spare, width=50)[1]
+    assert "2026" not in line
+    assert "3f2a9c0112aa" in line
+    assert len(line) <= 50
+
+
 def test_a_table_is_not_cut_on_a_pipe_and_survives_a_tiny_terminal() -> None:
     rows = [["x" * 200, "y"]]
     assert table_lines(["a", "b"], rows)[1] == "x" * 200 + "  y"
-    assert table_lines(["a", "b"], rows, width=1)[1].startswith("xxx..xxx")
+    assert table_lines(["a", "b"], rows, width=1)[1].startswith("xx..xx")
 
 
 def test_a_cell_stays_on_its_line() -> None:

@@ -1,0 +1,96 @@
+"""`llmos push`: give a remote what it lacks."""
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmos_cli.errors import UsageError
+from llmos_cli.ui.session import session
+from llmos_cli.ui.text import duration, plural, size
+
+if TYPE_CHECKING:
+    from llmos_cli.remote.push import PushedRef
+
+_DONE = {"new": "new", "moved": "moved", "forced": "moved, forced", "unchanged": "unchanged"}
+
+
+def push(
+    ctx: typer.Context,
+    remote: Annotated[str, typer.Argument(metavar="REMOTE", help="A remote's name, or a URL.", show_default=False)],
+    refs: Annotated[
+        list[str] | None, typer.Argument(metavar="REF...", help="Refs to push.", show_default=False)
+    ] = None,
+    *,
+    everything: Annotated[bool, typer.Option("--all", help="Push every ref.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a value there that this store never had.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
+) -> None:
+    """Send refs and what they need to a remote.
+
+    Only what the remote lacks is sent; it is confirmed there before a ref moves. A push that was stopped goes on where
+    it was. The first push makes the remote.
+
+    Examples:
+      llmos push nas tiny
+      llmos push nas web:v2 tiny tiny:int8
+      llmos push /mnt/usb/models --all --dry-run
+    """
+    from llmos_cli.formats.names import parse_ref
+    from llmos_cli.remote.open import find_remote
+    from llmos_cli.remote.push import execute_push, plan_push
+
+    here = session(ctx)
+    if bool(refs) == everything:
+        raise UsageError("name the refs to push, or use --all", hint=f"llmos push {remote} --all")
+    wanted = [parse_ref(text) for text in refs or []]
+    start = time.monotonic()
+    with here.open_store() as store:
+        target = find_remote(store, remote, here.cwd)
+        plan = plan_push(store, target, None if everything else wanted, force=force)
+        done = None if dry_run else execute_push(store, target, plan, here.out.progress)
+    seconds = time.monotonic() - start
+    sent = done.sent if done else plan.total_bytes
+    packs = done.packs if done else len(plan.shipments)
+    listed = [_describe(item) for item in plan.refs]
+    first = listed[0] if listed else {"ref": None, "id": None}
+    found: dict[str, Any] = {
+        "remote": target.name,
+        "url": target.transport.url,
+        "refs": listed,
+        "id": first["id"],
+        "ref": first["ref"],
+        "sent": sent,
+        "packs": packs,
+        "present": plan.present,
+        "present_bytes": plan.present_bytes,
+        "dry_run": dry_run,
+        "seconds": round(seconds, 3),
+    }
+    here.out.result(found)
+    would = "would push" if dry_run else "pushed"
+    for item in plan.refs:
+        if item.moves:
+            here.out.line(f"{would} {item.ref} @{item.id.short} to {target.label} ({_DONE[item.status]})")
+    unchanged = sum(not item.moves for item in plan.refs)
+    if not plan.refs:
+        here.out.line("nothing to push: the store has no refs")
+    elif unchanged == len(plan.refs) and not packs:
+        here.out.line(f"{target.label} is up to date: {plural(unchanged, 'ref')}")
+    elif unchanged:
+        here.out.line(f"{plural(unchanged, 'ref')} unchanged")
+    if packs:
+        there = f", {plural(plan.present, 'object')} ({size(plan.present_bytes)}) there already" if plan.present else ""
+        verb = "to send" if dry_run else "sent"
+        took = "" if dry_run else f", {duration(seconds)}"
+        here.out.say(f"{size(sent)} {verb} in {plural(packs, 'pack')}{there}{took}")
+
+
+def _describe(item: "PushedRef") -> dict[str, Any]:
+    previous = item.seen.id
+    return {
+        "ref": str(item.ref),
+        "id": str(item.id),
+        "previous": str(previous) if previous else None,
+        "status": item.status,
+    }

@@ -1,0 +1,152 @@
+"""Sending packs: which ones, made how, and the confirmation that they have arrived."""
+
+from collections import defaultdict
+from collections.abc import Sequence, Set
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from llmos_cli.errors import Damaged, NotFound, RemoteUnavailable
+from llmos_cli.formats import limits
+from llmos_cli.formats.frame import Frame, check_payload, encode_header
+from llmos_cli.formats.ids import ObjectId
+from llmos_cli.formats.layout import pack_key
+from llmos_cli.formats.pack import HEADER_SIZE, TRAILER_SIZE, Entry
+from llmos_cli.progress import Task
+from llmos_cli.remote.catalog import Place, RemotePack, read_remote_pack
+from llmos_cli.remote.fetch import BadPack, prove_object
+from llmos_cli.remote.parallel import in_order
+from llmos_cli.remote.transport import Transport
+from llmos_cli.store.handle import Store
+from llmos_cli.store.packs import PackWriter, read_frame
+
+_STREAMS: Final = 2  # a kill costs what is under way: at most this many packs
+_WHOLE_SHARE: Final = 0.5
+
+
+@dataclass(frozen=True)
+class WholePack:
+    """A pack of the store that travels as it is."""
+
+    name: ObjectId
+    size: int
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class FreshPack:
+    """A pack to be made for the journey from frames of the store's packs, given as (pack, entry)."""
+
+    frames: tuple[tuple[ObjectId, Entry], ...]
+
+    @property
+    def size(self) -> int:
+        return HEADER_SIZE + TRAILER_SIZE + sum(entry.stored_size for _, entry in self.frames)
+
+
+Shipment = WholePack | FreshPack
+
+
+def plan_shipments(store: Store, needed: Set[ObjectId], missing: Set[ObjectId]) -> tuple[Shipment, ...]:
+    """How `missing` objects travel, of the `needed` ones that may; raises Damaged for an object the store lacks."""
+    by_pack: defaultdict[ObjectId, list[Entry]] = defaultdict(list)
+    for oid in missing:
+        here = store.index.locate(oid)
+        if not here:
+            raise Damaged(f"object {oid.short} is missing from the store", hint="see what it affects: llmos fsck")
+        by_pack[here[0].pack].append(here[0].entry)
+    sizes = store.index.packs()
+    whole: list[Shipment] = []
+    frames: list[tuple[ObjectId, Entry]] = []
+    for name in sorted(by_pack):
+        entries = tuple(store.index.entries(name))
+        worth = sum(entry.stored_size for entry in by_pack[name]) >= _WHOLE_SHARE * sizes[name]
+        if worth and all(entry.id in needed for entry in entries):
+            whole.append(WholePack(name, sizes[name], entries))
+        else:
+            frames += [(name, entry) for entry in sorted(by_pack[name], key=lambda entry: entry.offset)]
+    return (*whole, *_fresh_packs(frames))
+
+
+def send(
+    store: Store, transport: Transport, shipments: Sequence[Shipment], sent: dict[ObjectId, int], task: Task
+) -> None:
+    """Send packs and confirm each; what has arrived is noted in `sent` with its size.
+
+    Raises FileNotFoundError if a pack of the store is gone, Damaged if one is not what it should be.
+    """
+
+    def send_one(shipment: Shipment) -> RemotePack:
+        if isinstance(shipment, WholePack):
+            pack = RemotePack(shipment.name, shipment.size, shipment.entries)
+            try:
+                transport.put_file(pack.key, store.pack_path(pack.name), pack.name, task)
+            except Damaged:  # maybe only its index: its frames are checked one by one, and a broken one is named
+                pack = _send_fresh(store, transport, FreshPack(tuple((pack.name, e) for e in pack.entries)), task)
+        else:
+            pack = _send_fresh(store, transport, shipment, task)
+        _confirm(transport, pack)
+        return pack
+
+    with closing(in_order(send_one, shipments, workers=_STREAMS, limit=_STREAMS)) as arrived:
+        for pack in arrived:
+            sent[pack.name] = pack.size
+
+
+def _fresh_packs(frames: Sequence[tuple[ObjectId, Entry]]) -> list[FreshPack]:
+    """Cut at the target size, in an order that does not depend on what was sent before."""
+    packs, start, size = [], 0, 0
+    for number, (_, entry) in enumerate(frames):
+        if number > start and size + entry.stored_size > limits.PACK_TARGET_BYTES:
+            packs.append(FreshPack(tuple(frames[start:number])))
+            start, size = number, 0
+        size += entry.stored_size
+    return [*packs, FreshPack(tuple(frames[start:]))] if frames else []
+
+
+def _send_fresh(store: Store, transport: Transport, shipment: FreshPack, task: Task) -> RemotePack:
+    writer = _write_pack(store, shipment)
+    try:
+        pack = RemotePack(writer.finish(), writer.size, tuple(writer.entries))
+        transport.put_file(pack.key, writer.path, pack.name, task)
+    finally:
+        writer.discard()
+    return pack
+
+
+def _write_pack(store: Store, shipment: FreshPack) -> PackWriter:
+    writer = PackWriter(store.tmp)
+    try:
+        for pack, entry in shipment.frames:
+            frame, payload = _read_whole(store.pack_path(pack), entry)
+            writer.append(frame, encode_header(frame), (payload,))
+    except BaseException:
+        writer.discard()
+        raise
+    return writer
+
+
+def _read_whole(path: Path, entry: Entry) -> tuple[Frame, memoryview]:
+    try:
+        frame, payload = read_frame(path, entry)
+        check_payload(frame, payload)
+    except Damaged as exc:
+        raise Damaged(exc.message, hint="see what it affects: llmos fsck") from exc
+    return frame, payload
+
+
+def _confirm(transport: Transport, pack: RemotePack) -> None:
+    """Being told that a pack was stored is no proof: read its size, its index and one object back."""
+    problem = RemoteUnavailable(
+        f"{transport.url} does not have what it was just sent ({pack_key(pack.name)})",
+        hint="run the command again; what has arrived is not sent twice",
+    )
+    if transport.size(pack.key) != pack.size:
+        raise problem
+    try:
+        if read_remote_pack(transport, pack.name, pack.size).entries != pack.entries:
+            raise problem
+        prove_object(transport, Place(pack, pack.entries[-1]))
+    except (Damaged, NotFound, BadPack) as exc:
+        raise problem from exc
