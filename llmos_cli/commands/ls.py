@@ -27,14 +27,21 @@ def ls(
     from fnmatch import fnmatchcase
 
     from llmos_cli.store.objects import read_manifest
-    from llmos_cli.store.refs import list_refs
+    from llmos_cli.store.refs import read_ref, ref_names
 
     here = session(ctx)
     listed, rows, damaged = [], [], []
     with here.open_store() as store:
-        for entry in list_refs(store):
-            ref = entry.ref
+        for ref in ref_names(store):
             if pattern and not fnmatchcase(str(ref), pattern) and not fnmatchcase(ref.name, pattern):
+                continue
+            try:
+                entry = read_ref(store, ref)
+            except Damaged:
+                damaged.append(str(ref))
+                rows.append([str(ref), "damaged", "?", "?", "?"])
+                continue
+            if entry is None:
                 continue
             kind: str | None = None
             num_bytes: int | None = None
@@ -65,5 +72,5 @@ def ls(
         here.out.say(f"the store {store.root} is empty")
         here.out.hint("llmos add PATH NAME")
     if damaged:
-        message = f"the manifest of {', '.join(damaged[:5])} is damaged or missing ({plural(len(damaged), 'ref')})"
+        message = f"{', '.join(damaged[:5])} is damaged or its manifest is missing ({plural(len(damaged), 'ref')})"
         raise Damaged(message, hint="llmos fsck says what is wrong")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from llmos_cli.errors import Conflict
+from llmos_cli.errors import Conflict, Damaged
 from llmos_cli.ui.session import session
 
 
@@ -25,21 +25,28 @@ def tag(
       llmos tag @3f2a9c01 best
     """
     from llmos_cli.formats.names import parse_ref
-    from llmos_cli.store.refs import read_ref, update_ref
+    from llmos_cli.store.refs import overwrite_ref, read_ref, update_ref
     from llmos_cli.store.resolve import resolve
 
     here = session(ctx)
     target = parse_ref(new)
     with here.open_store() as store:
         source = resolve(store, ref)
-        current = read_ref(store, target)
-        moved = current is None or current.id != source.id
-        if current is not None and moved and not force:
-            raise Conflict(
-                f"{target} already points to @{current.id.short}", hint=f"move it: llmos tag {ref} {new} --force"
-            )
-        if moved:
-            expected = current.id if current else None
-            update_ref(store, target, source.id, expected=expected, message=f"tag: {source.label}")
+        try:
+            current = read_ref(store, target)
+        except Damaged:
+            if not force:
+                raise
+            overwrite_ref(store, target, source.id, message=f"tag: {source.label}, over damage")
+            current, moved = None, True
+        else:
+            moved = current is None or current.id != source.id
+            if current is not None and moved and not force:
+                raise Conflict(
+                    f"{target} already points to @{current.id.short}", hint=f"move it: llmos tag {ref} {new} --force"
+                )
+            if moved:
+                expected = current.id if current else None
+                update_ref(store, target, source.id, expected=expected, message=f"tag: {source.label}")
     here.out.result({"ref": str(target), "id": str(source.id), "changed": moved})
     here.out.line(f"{target} {'now points' if moved else 'points'} to @{source.id.short}")

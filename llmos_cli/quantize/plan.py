@@ -111,6 +111,8 @@ def plan_int8(store: Store, manifest: Manifest) -> QuantizePlan:
                 scales = (tensor.removesuffix(WEIGHT) + SCALE, *sharing)
                 quantized[tensor] = _quantized(*table[tensor], model.get_submodule(name), scales)
                 sharing = []
+    if not quantized:
+        raise LlmosError(f"no layer of this {model.config.model_type} model can be quantized to int8")
     scheme = Scheme(
         frozenset(QUANTIZABLE[type(model.get_submodule(name))] for name, reason in reasons.items() if reason is None),
         frozenset(name for name, reason in reasons.items() if reason is not None),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmos_cli.errors import Damaged, Unsafe, UsageError, from_os_error
+from llmos_cli.formats import limits
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName, check_paths
 from llmos_cli.formats.safetensors import read_shard_index
@@ -66,7 +67,9 @@ def execute_add(store: Store, plan: AddPlan, ref: RefName, progress: Progress) -
         return tx.commit(Manifest(plan.kind, entries), message=f"add {count}")
 
 
-def _walk(root: Path, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, Path]]:
+def _walk(root: Path, skipped: list[tuple[str, str]], depth: int = 1) -> Iterator[tuple[str, Path]]:
+    if depth > limits.PATH_DEPTH:
+        raise Unsafe(f"{root} is nested deeper than {limits.PATH_DEPTH} folders")
     try:
         with os.scandir(root) as listing:
             children = sorted(listing, key=lambda child: child.name)
@@ -75,9 +78,7 @@ def _walk(root: Path, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, Pat
     for child in children:
         path = Path(child.path)
         if child.is_symlink():
-            target = path.resolve()
-            # Hugging Face caches hold links to blobs: a link to a plain file is that file, by its own name
-            if target.is_file() and stat.S_ISREG(target.stat().st_mode) and target.parent.name == "blobs":
+            if _is_cached_blob(path):
                 yield child.name, path
             else:
                 skipped.append((str(path), "a symbolic link"))
@@ -85,12 +86,21 @@ def _walk(root: Path, skipped: list[tuple[str, str]]) -> Iterator[tuple[str, Pat
             if child.name in (".git", ".llmos", "__pycache__"):
                 skipped.append((str(path), f"a {child.name} folder"))
                 continue
-            for name, found in _walk(path, skipped):
+            for name, found in _walk(path, skipped, depth + 1):
                 yield f"{child.name}/{name}", found
         elif child.is_file(follow_symlinks=False):
             yield child.name, path
         else:
             skipped.append((str(path), "not a regular file"))
+
+
+def _is_cached_blob(path: Path) -> bool:
+    """Hugging Face caches hold links to blobs: such a link is that file, by its own name."""
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # a link to nowhere, or to itself
+        return False
+    return target.is_file() and target.parent.name == "blobs"
 
 
 def _kind(files: dict[str, Path]) -> str:

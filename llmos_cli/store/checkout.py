@@ -2,7 +2,7 @@
 
 import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -74,17 +74,22 @@ def _write_file(store: Store, entry: FileEntry, fd: int, workers: ThreadPoolExec
     flushes: list[Future[None]] = []
     start, flushed = 0, 0
     with ThreadPoolExecutor(1, "flush") as flusher:  # the disk works while the next chunks are decoded
-        for chunk in entry.chunks:
-            pending.append(workers.submit(_write_chunk, store, chunk, fd, start))
-            start += chunk.size
-            while len(pending) > 4 * _WORKERS:
-                pending.pop(0).result()
-            if start - flushed >= _FLUSH_BYTES:
-                flushes.append(flusher.submit(flush, fd))
-                flushed = start
-            task.advance(chunk.size)
-        for future in pending + flushes:
-            future.result()
+        try:
+            for chunk in entry.chunks:
+                pending.append(workers.submit(_write_chunk, store, chunk, fd, start))
+                start += chunk.size
+                while len(pending) > 4 * _WORKERS:
+                    pending.pop(0).result()
+                if start - flushed >= _FLUSH_BYTES:
+                    flushes.append(flusher.submit(flush, fd))
+                    flushed = start
+                task.advance(chunk.size)
+            for future in pending + flushes:
+                future.result()
+        finally:  # nobody may write to the descriptor once it is closed: its number will be another file's
+            for future in pending:
+                future.cancel()
+            wait(pending)
 
 
 def _write_chunk(store: Store, chunk: Chunk, fd: int, start: int) -> None:
@@ -103,7 +108,7 @@ def _write_chunk(store: Store, chunk: Chunk, fd: int, start: int) -> None:
 
 def _check_space(plan: CheckoutPlan) -> None:
     free = os.statvfs(plan.target)
-    if plan.total_bytes > free.f_bavail * free.f_frsize:
+    if free.f_blocks and plan.total_bytes > free.f_bavail * free.f_frsize:  # some file systems do not say
         raise NoSpace(
             f"{plan.target} has {free.f_bavail * free.f_frsize} bytes free, the files need {plan.total_bytes}"
         )

@@ -282,7 +282,7 @@ def _make_missing(path: Path) -> None:
     try:
         os.mkdir(path)
     except FileExistsError:
-        if not path.is_dir():
+        if not path.is_dir() and os.path.lexists(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
     _sync_folder(path.parent)
 

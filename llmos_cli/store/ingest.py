@@ -95,7 +95,8 @@ def put_tensors(
     for start, end in _grid(0, len(header)):
         sink.put(start, end, OPAQUE, _copier(header, 0))
     for tensor in tensors:
-        data = memoryview(tensor.data()).cast("B")
+        given = memoryview(tensor.data())
+        data = given.cast("B") if given.nbytes else memoryview(b"")
         expected = tensor_bytes(tensor.dtype, tensor.shape, tensor.name)
         if len(data) != expected:
             raise ValueError(f"tensor {tensor.name!r} gave {len(data)} bytes instead of {expected}")

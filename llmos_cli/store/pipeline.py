@@ -40,7 +40,6 @@ class _Encoded:
     """A chunk that has been through a worker; `frame` is None if its object is in the store already."""
 
     chunk: Chunk
-    buffer: bytearray
     frame: Frame | None
     header: bytes
     parts: Sequence[Buffer]
@@ -59,7 +58,7 @@ class Pipeline:
         self._buffers: SimpleQueue[bytearray] = SimpleQueue()
         for _ in range(window):
             self._buffers.put(bytearray())
-        self._in_flight: deque[tuple[Future[_Encoded], Callable[[Chunk], None]]] = deque()
+        self._in_flight: deque[tuple[Future[_Encoded], bytearray, Callable[[Chunk], None]]] = deque()
         self._claimed: set[ObjectId] = set()
         self._claim_lock = threading.Lock()
         self._pack: PackWriter | None = None
@@ -72,7 +71,7 @@ class Pipeline:
         buffer = self._buffers.get()
         if len(buffer) < 2 * size:  # half for plain bytes, half for planes; grown to the size of a chunk and kept
             buffer = bytearray(2 * min(limits.CHUNK_BYTES, 4 * size))
-        self._in_flight.append((self._workers.submit(self._encode, size, words, fill, buffer), done))
+        self._in_flight.append((self._workers.submit(self._encode, size, words, fill, buffer), buffer, done))
 
     def drain(self) -> None:
         """Write everything that is in flight."""
@@ -96,7 +95,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Stop; what has not been published is discarded."""
-        for future, _ in self._in_flight:
+        for future, *_ in self._in_flight:
             future.cancel()
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._in_flight.clear()
@@ -114,19 +113,21 @@ class Pipeline:
             claimed = oid in self._claimed
             self._claimed.add(oid)
         if claimed or self._store.index.has(oid):
-            return _Encoded(chunk, buffer, None, b"", ())
+            return _Encoded(chunk, None, b"", ())
         encoded = codec.encode(plain, words, memoryview(buffer)[len(buffer) // 2 :][:size])
         frame = new_frame(CHUNK, oid, size, encoded)
-        return _Encoded(chunk, buffer, frame, encode_header(frame), encoded.parts)
+        return _Encoded(chunk, frame, encode_header(frame), encoded.parts)
 
     def _write_next(self) -> None:
-        future, done = self._in_flight.popleft()
-        item = future.result()
-        if item.frame:
-            self._append(item.frame, item.header, item.parts)
-        else:
-            self.written.reused += item.chunk.size
-        self._buffers.put(item.buffer)
+        future, buffer, done = self._in_flight.popleft()
+        try:
+            item = future.result()
+            if item.frame:
+                self._append(item.frame, item.header, item.parts)
+            else:
+                self.written.reused += item.chunk.size
+        finally:
+            self._buffers.put(buffer)
         done(item.chunk)
 
     def _append(self, frame: Frame, header: bytes, parts: Sequence[Buffer]) -> None:

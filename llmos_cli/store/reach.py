@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
-from llmos_cli.errors import Damaged
+from llmos_cli.errors import Damaged, UnknownVersion
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName
@@ -56,11 +56,14 @@ def reachable(store: Store, roots: Iterable[Root]) -> set[ObjectId]:
     for root in roots:
         if root.id in live:
             continue
+        known = store.index.has(root.id)
         try:
             manifest = read_manifest(store, root.id)
         except Damaged as exc:
-            if not root.required and not store.index.has(root.id):
-                continue  # an old value of a ref may be gone: a clone has only the newest
+            if not (root.required or isinstance(exc, UnknownVersion)):
+                if known:  # it may also be gone: a clone has only the newest values
+                    store.progress.warn(f"{root.why} cannot be read, so it keeps nothing alive: {exc.message}")
+                continue
             raise Damaged(f"{root.why} cannot be read: {exc.message}", hint="see what is wrong: llmos fsck") from exc
         live.update(objects_of(root.id, manifest))
     return live | store.index.bases(live)

@@ -5,17 +5,25 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Recipe, recipe_key
 from llmos_cli.store.handle import Store
 from llmos_cli.store.objects import read_manifest
+from llmos_cli.store.packs import find_holder, sync_index
 
 
 def find_made(store: Store, recipe: Recipe) -> ObjectId | None:
     """The manifest that exactly this recipe gave and that is still whole; None if there is none."""
+    sync_index(store)
     _read_recipes(store)
     for oid in store.index.made_by(recipe_key(recipe)):
         try:
             manifest = read_manifest(store, oid)
         except (Damaged, NotFound, Unsafe):
             continue
-        if all(store.index.has(chunk.id) for entry in manifest.files for chunk in entry.chunks):
+        packs: set[ObjectId] = set()
+        for chunk in (chunk for entry in manifest.files for chunk in entry.chunks):
+            pack = find_holder(store, chunk.id, packs)
+            if pack is None:
+                break
+            packs.add(pack)
+        else:
             return oid
     return None
 

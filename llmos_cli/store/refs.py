@@ -81,6 +81,14 @@ def update_ref(store: Store, ref: RefName, new: ObjectId, *, expected: ObjectId 
     return entry
 
 
+def overwrite_ref(store: Store, ref: RefName, new: ObjectId, *, message: str) -> RefEntry:
+    """Give a value again to a ref none of whose moves can be read; raises Conflict if somebody does so meanwhile."""
+    sequence = (_sequences(store, ref) or [0])[-1] + 1
+    entry = RefEntry(ref, sequence, new, None, _now(), who_am_i(), message[:1000])
+    publish_move(store, entry)
+    return entry
+
+
 def publish_move(store: Store, entry: RefEntry) -> None:
     """Make one move the ref's newest; raises Conflict if its number is taken or overtaken."""
     folder = _folder(store, entry.ref)
@@ -137,7 +145,9 @@ def _read_from(store: Store, ref: RefName, sequences: list[int]) -> RefEntry | N
                 store.progress.warn(f"{problem.message}; using move {sequence} of {ref}")
             return entry
     if problem:
-        raise Damaged(problem.message, hint=f"no earlier value of {ref} is left; point it anew: llmos tag @ID {ref}")
+        raise Damaged(
+            problem.message, hint=f"no earlier value of {ref} is left; point it anew: llmos tag --force @ID {ref}"
+        )
     return None
 
 

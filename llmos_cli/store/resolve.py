@@ -7,6 +7,7 @@ from llmos_cli.errors import NotFound, UsageError
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import RefName, parse_target
 from llmos_cli.store.handle import Store
+from llmos_cli.store.packs import sync_index
 from llmos_cli.store.refs import list_refs, read_ref, ref_history
 
 _SHOWN = 5
@@ -47,6 +48,9 @@ def resolve(store: Store, text: str) -> Resolved:
 
 def _by_prefix(store: Store, prefix: str) -> ObjectId:
     found = store.index.manifests(prefix)
+    if not found:
+        sync_index(store)
+        found = store.index.manifests(prefix)
     if len(found) == 1:
         return found[0]
     if not found:
@@ -59,5 +63,8 @@ def _by_prefix(store: Store, prefix: str) -> ObjectId:
 def _nearest(store: Store, ref: RefName) -> str:
     known = [entry.ref for entry in list_refs(store)]
     tags = [other for other in known if other.name == ref.name]
-    near = difflib.get_close_matches(str(ref), [str(other) for other in tags or known], 1, 0.5)
-    return f"did you mean {near[0]}?" if near else "list what there is: llmos ls"
+    if len(tags) > 1:
+        return f"its tags: {', '.join(other.tag for other in tags[:_SHOWN])}"
+    near = difflib.get_close_matches(ref.name, [other.name for other in known], 1)
+    found = tags or [other for other in known if near and other.name == near[0]]
+    return f"did you mean {found[0]}?" if found else "list what there is: llmos ls"

@@ -19,12 +19,13 @@ from llmos_cli.progress import Progress, Silent, Task
 from llmos_cli.store.handle import Store
 from llmos_cli.store.ingest import Tensor, put_path, put_stream, put_tensors
 from llmos_cli.store.leases import hold
+from llmos_cli.store.objects import read_manifest
 from llmos_cli.store.packs import secure
 from llmos_cli.store.pipeline import Pipeline, open_pipeline
 from llmos_cli.store.reach import objects_of
-from llmos_cli.store.refs import read_ref, update_ref
+from llmos_cli.store.refs import RefEntry, read_ref, update_ref
 
-__all__ = ["Commit", "Tensor", "Transaction", "begin"]
+__all__ = ["Commit", "Tensor", "Transaction", "begin", "point"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,16 @@ class Transaction:
         if self.ref is not None:
             update_ref(self.store, self.ref, oid, expected=self.expected, message=message)
         return Commit(oid, self.ref, manifest.size, written.stored, written.reused, unchanged)
+
+
+def point(store: Store, ref: RefName, oid: ObjectId, *, expected: ObjectId | None, message: str) -> RefEntry:
+    """Point a ref to a manifest that is in the store already, as safely beside a gc as a commit would.
+
+    Raises Conflict if the ref is not at `expected` (None: without a value), Damaged if the manifest is not whole.
+    """
+    with hold(store, f"pointing {ref}", [oid], writes=True):
+        secure(store, set(objects_of(oid, read_manifest(store, oid))), fresh=set())
+        return update_ref(store, ref, oid, expected=expected, message=message)
 
 
 @contextmanager

@@ -3,51 +3,98 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest
-from llmos_cli.formats.names import parse_ref
+from llmos_cli.formats.names import RefName, parse_ref
+from llmos_cli.progress import Silent
 from llmos_cli.remote.folder import FolderTransport
 from llmos_cli.remote.open import Remote
+from llmos_cli.remote.pull import PullResult, execute_pull, plan_pull
+from llmos_cli.remote.push import PushResult, execute_push, plan_push
+from llmos_cli.store.fsck import check
 from llmos_cli.store.handle import Store
 from llmos_cli.store.local import init_store, open_store
+from llmos_cli.store.objects import read_file, read_manifest
+from llmos_cli.store.refs import read_ref
 from llmos_cli.store.transaction import begin
 
-MakeStore = Callable[[str], Store]
+
+@dataclass(frozen=True)
+class Exchange:
+    """The verbs of this room as tests use them: on names, without progress."""
+
+    folder: Path
+    open_stores: ExitStack
+
+    def store(self, name: str) -> Store:
+        """A store in the folder of that name, made when first asked for; for a remote, the store that it is."""
+        init_store(self.folder / name)
+        return self.open_stores.enter_context(open_store(self.folder / name))
+
+    def remote(self, name: str = "nas") -> Remote:
+        """A remote, which need not be there yet."""
+        return Remote(name, FolderTransport(self.folder / name))
+
+    def noise(self, seed: int, size: int = 300_000) -> bytes:
+        return random.Random(seed).randbytes(size)
+
+    def commit(self, store: Store, ref: str, **files: bytes) -> ObjectId:
+        """Store files under a ref."""
+        with begin(store, purpose="test", ref=parse_ref(ref)) as tx:
+            entries = tuple(tx.add_bytes(f"{name}.bin", data) for name, data in files.items())
+            return tx.commit(Manifest("files", entries), message=f"add {', '.join(files)}").id
+
+    def push(self, store: Store, *refs: str, to: str = "nas", force: bool = False) -> PushResult:
+        plan = plan_push(store, self.remote(to), _names(refs), force=force)
+        return execute_push(store, self.remote(to), plan, Silent())
+
+    def pull(self, store: Store, *refs: str, source: str = "nas", force: bool = False) -> PullResult:
+        plan = plan_pull(store, self.remote(source), _names(refs), force=force)
+        return execute_pull(store, self.remote(source), plan, Silent())
+
+    def value(self, store: Store, ref: str) -> ObjectId | None:
+        entry = read_ref(store, parse_ref(ref))
+        return entry.id if entry else None
+
+    def files(self, store: Store, ref: str) -> dict[str, bytes]:
+        """The files of a ref, read back in full."""
+        entry = read_ref(store, parse_ref(ref))
+        assert entry
+        return {item.path: read_file(store, item) for item in read_manifest(store, entry.id).files}
+
+    def problems(self, store: Store) -> list[str]:
+        """What a full check of the store finds wrong."""
+        return [problem.what for problem in check(store, quick=False, progress=Silent()).problems]
+
+    def packs(self, name: str = "nas") -> list[Path]:
+        return sorted((self.folder / name).glob("packs/*/*.pack"))
+
+    def leftovers(self, name: str) -> list[Path]:
+        return sorted((self.folder / name).rglob(".tmp-*"))
+
+
+def _names(refs: tuple[str, ...]) -> list[RefName] | None:
+    """No names: all refs."""
+    return [parse_ref(ref) for ref in refs] or None
 
 
 @pytest.fixture
-def make_store(tmp_path: Path) -> Iterator[MakeStore]:
-    """Stores by name, made when first asked for."""
+def exchange(tmp_path: Path) -> Iterator[Exchange]:
     with ExitStack() as stack:
-
-        def make(name: str) -> Store:
-            init_store(tmp_path / name)
-            return stack.enter_context(open_store(tmp_path / name))
-
-        yield make
+        yield Exchange(tmp_path, stack)
 
 
 @pytest.fixture
-def store(make_store: MakeStore) -> Store:
-    return make_store("here")
+def overwrite() -> Callable[[Path, bytes], None]:
+    """Replace a pack's bytes behind everybody's back; packs are read-only."""
 
+    def write(path: Path, data: bytes) -> None:
+        path.chmod(0o644)
+        path.write_bytes(data)
 
-@pytest.fixture
-def remote(tmp_path: Path) -> Remote:
-    """A remote that is not there yet."""
-    return Remote("nas", FolderTransport(tmp_path / "nas"))
-
-
-def noise(seed: int, size: int = 300_000) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-def commit(store: Store, ref: str, **files: bytes) -> ObjectId:
-    """Store files under a ref."""
-    with begin(store, purpose="test", ref=parse_ref(ref)) as tx:
-        entries = tuple(tx.add_bytes(f"{name}.bin", data) for name, data in files.items())
-        return tx.commit(Manifest("files", entries), message=f"add {', '.join(files)}").id
+    return write
