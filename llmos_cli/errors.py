@@ -13,6 +13,7 @@
     ├── RemoteUnavailable    16   remote unavailable
     ├── Conflict             17   the ref moved meanwhile
     └── Interrupted         130   stopped by SIGINT
+        └── Terminated      143   stopped by SIGTERM
 
 An error is one sentence that names the path, ref or id it is about, and a hint: the next command to type.
 This module imports nothing of ours; it knows nothing of how errors are shown.
@@ -90,6 +91,11 @@ class Conflict(LlmosError):
 class Interrupted(LlmosError):
     exit_code = 130
     code = "interrupted"
+
+
+class Terminated(Interrupted):
+    exit_code = 143
+    code = "terminated"
 
 
 EXIT_CODES: dict[int, str] = {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _HELD_OUT = ("json", "email", "http", "logging")  # packages the model never sees in training
 _LEFT_OUT = ("test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__")
-_PROMPT = "def read(self, size=-1):\n"
+_PROMPT = "class Reader:\n    def __init__(self, "
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _serve(runner: _Runner) -> str:
     runner.announce(title, *arguments)
     started = time.perf_counter()
     with _server([sys.executable, "-m", "llmos_cli", "--json", *arguments], runner.folder) as url:
-        body = {"model": "tiny-int8", "prompt": _PROMPT, "max_tokens": 48, "temperature": 0}
+        body = {"model": "tiny-int8", "prompt": _PROMPT, "max_tokens": 48, "temperature": 0.5, "seed": 1}
         runner.out.say(f"$ curl {url}/v1/completions -d '{json.dumps(body)}' -H 'Content-Type: application/json'")
         request = urllib.request.Request(
             f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -221,12 +221,16 @@ def _serve(runner: _Runner) -> str:
 @contextlib.contextmanager
 def _server(command: list[str], folder: Path) -> Iterator[str]:
     """A running server's URL; it is stopped at the end."""
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         try:
             assert process.stdout
+            assert process.stderr
             line = process.stdout.readline()
             if not line:
-                raise LlmosError("the server did not start", hint="its own message is above")
+                said = process.stderr.read().decode("utf-8", "replace").strip()
+                raise LlmosError(f"the server did not start: {said[-500:]}")
             yield str(json.loads(line)["url"])
         finally:
             process.terminate()

@@ -15,19 +15,12 @@ from typing import Any, Final
 
 import uvicorn
 
-from llmos_cli.errors import AccessDenied, Interrupted, LlmosError, Unsafe, UsageError
+from llmos_cli.errors import AccessDenied, Interrupted, LlmosError, Terminated, Unsafe, UsageError
 from llmos_cli.serve.guard import App
 
 DRAIN_SECONDS: Final = 30
 KEEP_ALIVE_SECONDS: Final = 15
 HEADER_BYTES: Final = 64 << 10
-
-
-class Terminated(Interrupted):
-    """Stopped by SIGTERM."""
-
-    exit_code = 143
-    code = "terminated"
 
 
 def bind(host: str, port: int, *, insecure: bool = False) -> socket.socket:

@@ -10,6 +10,7 @@ import functools
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,8 @@ CREATE INDEX recipes_by_key ON recipes (recipe);
 """
 _ROW = "o.id, o.base, o.offset, o.payload, o.plain, o.kind, o.codec, o.depth"
 _COMPLETE: Final = 0x6C6C6D6F  # application_id of an index that has been filled once
+_WAL_TRIES: Final = 1000
 _MEMORY: Final = ":memory:"
-_BROKEN: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH}
 _NO_FILE: Final = {
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_READONLY,
@@ -113,6 +114,11 @@ class Index:
             self._connection.close()
             self._start_anew(in_memory=self._in_memory)
 
+    def rebuild(self) -> None:
+        """It says what is not so: throw it away and fill it again."""
+        with self._lock:
+            self._replace(_Unusable("it contradicts the packs", keep=False))
+
     @property
     def is_complete(self) -> bool:
         """Whether it has been filled; one that lost a race with a crash has not."""
@@ -133,7 +139,10 @@ class Index:
         """Note a pack, in place of whatever was noted of it before."""
         with self._cursor(write=True) as cursor:
             cursor.execute("INSERT OR IGNORE INTO packs (name, size) VALUES (?, ?)", (name, size))
-            (number,) = cursor.execute("SELECT number FROM packs WHERE name = ?", (name,)).fetchone()
+            row = cursor.execute("SELECT number FROM packs WHERE name = ?", (name,)).fetchone()
+            if row is None:
+                raise _Unusable("a pack cannot be noted", keep=False)
+            (number,) = row
             cursor.execute("DELETE FROM objects WHERE pack = ?", (number,))
             cursor.executemany(
                 "INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -239,7 +248,7 @@ class Index:
         except sqlite3.Error as exc:
             raise self._error(exc) from exc
         try:
-            connection.execute("PRAGMA journal_mode=WAL")
+            _use_wal(connection)
             connection.execute("PRAGMA synchronous=NORMAL")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version == 0:
@@ -254,7 +263,7 @@ class Index:
                 raise _Unusable(f"version {version} is unknown", keep=False)
             connection.execute("SELECT name FROM packs LIMIT 1").fetchone()
             self._complete = connection.execute("PRAGMA application_id").fetchone() == (_COMPLETE,)
-        except sqlite3.Error as exc:
+        except (sqlite3.Error, UnicodeDecodeError) as exc:  # a broken schema makes messages that are no text
             connection.close()
             raise self._error(exc) from exc
         except BaseException:
@@ -304,16 +313,29 @@ class Index:
                 with contextlib.suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
                 raise
-        except sqlite3.Error as exc:
+        except (sqlite3.Error, UnicodeDecodeError) as exc:
             raise self._error(exc) from exc
 
-    def _error(self, exc: sqlite3.Error) -> Exception:
+    def _error(self, exc: Exception) -> Exception:
+        if isinstance(exc, sqlite3.ProgrammingError):
+            return exc  # a bug of ours
         code = getattr(exc, "sqlite_errorcode", -1) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return Busy(f"the index {self._path} is locked by another process", hint="run the command again")
-        if code in _BROKEN or code in _NO_FILE:
-            return _Unusable(str(exc), keep=code in _NO_FILE)
-        return LlmosError(f"the index {self._path} cannot be used: {exc}", hint="rebuild it: llmos fsck --reindex")
+        return _Unusable(str(exc), keep=code in _NO_FILE)
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """SQLite does not wait by itself when several processes switch a new database to its write-ahead log at once."""
+    for _ in range(_WAL_TRIES):
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as exc:
+            if getattr(exc, "sqlite_errorcode", -1) & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            time.sleep(0.01)
+    connection.execute("PRAGMA journal_mode=WAL")
 
 
 def _entry(row: Sequence[Any]) -> Entry:

@@ -295,7 +295,7 @@ def reread_packs(store: Store) -> None:
 
 
 def find_in_packs(store: Store, oid: ObjectId) -> bool:
-    """Look for an object in every pack itself, in case the index is wrong; what is found is noted."""
+    """Look for an object in every pack itself, in case the index is wrong about one, or altogether."""
     for name, path in list_packs(store.packs).items():
         try:
             content = read_pack(path)
@@ -303,6 +303,8 @@ def find_in_packs(store: Store, oid: ObjectId) -> bool:
             continue
         if any(entry.id == oid for entry in content.entries):
             store.index.add_pack(name, content.size, content.entries)
+            if find_holder(store, oid) is None:
+                store.index.rebuild()
             return True
     return False
 

@@ -26,7 +26,7 @@ class RefUsage:
 
 @dataclass(frozen=True)
 class Usage:
-    """`logical` sums the refs' files and `needed` is what they take as stored; `physical` is what all packs take on disk.
+    """`logical` sums the refs' files, `needed` is what they take as stored, `physical` what all packs take.
 
     The rest of it, `other`, is earlier values of refs and what nothing needs any more; `trash` waits to be unlinked.
     """

@@ -7,14 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from llmos_cli.errors import Interrupted
-
-
-class Terminated(Interrupted):
-    """Stopped by SIGTERM."""
-
-    exit_code = 143
-    code = "terminated"
+from llmos_cli.errors import Interrupted, Terminated
 
 
 class StopFlag:

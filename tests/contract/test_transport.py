@@ -2,7 +2,7 @@
 so that a mistake made in both directions is seen."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +48,10 @@ def folder_place(tmp_path: Path) -> Place:
 
 
 @pytest.fixture(params=[folder_place], ids=["folder"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     made: Place = request.param(tmp_path)
     made.transport.initialise()
-    yield made
+    return made
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A remote may lie. Whatever it says, nothing that is not proven becomes visible, and the error names it."""
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmos_cli.errors import Damaged, LlmosError, Unsafe
+from llmos_cli.errors import Damaged, LlmosError, NotFound, Unsafe
 from llmos_cli.formats import canonical, codec
 from llmos_cli.formats.frame import CHUNK, HEADER_BYTES, MANIFEST, Frame, encode_header, new_frame
 from llmos_cli.formats.ids import ObjectId, object_id
@@ -17,7 +18,7 @@ from llmos_cli.formats.names import parse_ref
 from llmos_cli.formats.pack import Entry, entry_of, pack_end, pack_header, padding
 from llmos_cli.progress import Silent
 from llmos_cli.remote.folder import FolderTransport
-from llmos_cli.remote.refs import RemoteRef, move_remote_ref
+from llmos_cli.remote.refs import RemoteRef, list_remote_refs, move_remote_ref
 from llmos_cli.store.packs import read_pack_index
 
 Exchange = Any
@@ -240,8 +241,6 @@ def test_a_pack_that_is_listed_but_cannot_be_read(
     exchange: Exchange, liar: Liar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Ceph did (60771): HEAD finds it, GET does not."""
-    from llmos_cli.errors import NotFound
-
     data = packed([framed(CHUNK, PLAIN * 1000), framed(MANIFEST, MANIFEST_BYTES)])
     manifest = encode_manifest(
         Manifest("files", (FileEntry("a", (Chunk(object_id(PLAIN * 1000), len(PLAIN) * 1000),)),), {}, None)
@@ -282,8 +281,6 @@ def test_a_move_of_another_ref_is_refused(exchange: Exchange, liar: Liar) -> Non
 
 
 def test_links_and_pipes_in_the_place_of_files_are_refused(exchange: Exchange, liar: Liar, tmp_path: Path) -> None:
-    import os
-
     data = packed([framed(CHUNK, PLAIN), framed(MANIFEST, MANIFEST_BYTES)])
     (tmp_path / "elsewhere").write_bytes(data)
     path = liar.put_pack(data)
@@ -297,8 +294,6 @@ def test_links_and_pipes_in_the_place_of_files_are_refused(exchange: Exchange, l
 
 
 def test_a_ref_folder_that_leads_outside_is_not_followed(liar: Liar, tmp_path: Path) -> None:
-    from llmos_cli.remote.refs import list_remote_refs
-
     (tmp_path / "outside/latest").mkdir(parents=True)
     (tmp_path / "outside/latest/0000000001").write_bytes(b"x")
     (liar.root / "refs/linked").symlink_to(tmp_path / "outside")

@@ -195,7 +195,7 @@ def test_two_that_push_the_same_at_once_are_both_right(exchange: Exchange) -> No
     for store in (one, two):
         exchange.commit(store, "web:a" if store is one else "web:b", a=exchange.noise(1))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda store: exchange.push(store), (one, two)))
+        list(pool.map(exchange.push, (one, two)))
     there = exchange.store("nas")
     assert exchange.files(there, "web:a") == exchange.files(there, "web:b")
     assert exchange.problems(there) == []

@@ -267,7 +267,7 @@ class TestDestination:
         before = len(os.listdir("/proc/self/fd"))
         with Destination(tmp_path / "out") as destination:
             for number in range(400):
-                with destination.replace(f"{number}/{'/'.join('abcdefgh')}/f") as fd:
+                with destination.replace(f"{number}/{'/'.join('abcdegh')}/f") as fd:
                     os.write(fd, b"%d" % number)
             assert len(os.listdir("/proc/self/fd")) - before < 150
             destination.sync()

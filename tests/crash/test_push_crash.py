@@ -1,0 +1,249 @@
+"""A push and a pull are killed before every single durable step, one after the other. Whatever is left must be whole:
+both stores clean, every ref at its old or its new value, and doing it again ends where it should.
+
+A child process is forked and leaves by `os._exit` at the k-th call that store/durable.py makes to the system; at a
+write, half of the bytes are written first. There is no hook for this in the program.
+"""
+
+import os
+import random
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from llmos_cli.formats.ids import ObjectId
+from llmos_cli.formats.manifest import Manifest
+from llmos_cli.formats.names import RefName, parse_ref
+from llmos_cli.progress import Silent
+from llmos_cli.remote import clone
+from llmos_cli.remote.folder import FolderTransport
+from llmos_cli.remote.open import Remote
+from llmos_cli.remote.pull import execute_pull, plan_pull
+from llmos_cli.remote.push import execute_push, plan_push
+from llmos_cli.store import durable
+from llmos_cli.store.fsck import check
+from llmos_cli.store.handle import Store
+from llmos_cli.store.local import init_store, open_store
+from llmos_cli.store.objects import read_file, read_manifest
+from llmos_cli.store.refs import list_refs, read_ref
+from llmos_cli.store.transaction import begin
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
+
+STEPS: Final = {
+    *("open", "writev", "fsync", "fdatasync", "chmod", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "utime")
+}
+KILLED: Final = 99
+MOST_STEPS: Final = 1000
+REFS: Final = {"web": 3, "part": 1}  # the number of files of each at its new value
+Work = Callable[[Path], None]
+
+
+class Dying:
+    """The `os` module as durable.py sees it: the process ends before its k-th step. Nothing waits for the disk: a killed
+    process loses nothing that it has written."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name not in STEPS:
+            return real
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left <= 0:
+                if name == "writev":
+                    data = b"".join(args[1])
+                    os.write(args[0], data[: len(data) // 2])
+                os._exit(KILLED)
+            return None if name in ("fsync", "fdatasync") else real(*args, **kwargs)
+
+        return call
+
+
+def killed_at(step: int, work: Work, folder: Path) -> bool:
+    """Do `work` in a child that dies before its step; False if it was done before that."""
+    child = os.fork()
+    if child == 0:
+        try:
+            durable.os = Dying(step)  # type: ignore[attr-defined]
+            work(folder)
+        except BaseException:  # noqa: BLE001 - nothing of the test runner may run in the child
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, KILLED), f"step {step}: the child failed with {code}"
+    return code == KILLED
+
+
+@contextmanager
+def opened(folder: Path, name: str) -> Iterator[Store]:
+    with open_store(folder / name) as store:
+        yield store
+
+
+def nas(folder: Path) -> Remote:
+    return Remote("nas", FolderTransport(folder / "nas"))
+
+
+def push(folder: Path) -> None:
+    with opened(folder, "here") as store:
+        execute_push(store, nas(folder), plan_push(store, nas(folder), None, force=False), Silent())
+
+
+def pull(folder: Path) -> None:
+    with opened(folder, "other") as store:
+        execute_pull(store, nas(folder), plan_pull(store, nas(folder), None, force=False), Silent())
+
+
+def commit(store: Store, ref: str, *seeds: int) -> None:
+    with begin(store, purpose="test", ref=parse_ref(ref)) as tx:
+        files = tuple(tx.add_bytes(f"{seed}.bin", random.Random(seed).randbytes(20_000)) for seed in seeds)
+        tx.commit(Manifest("files", files), message="add")
+
+
+def values(store: Store) -> dict[RefName, ObjectId]:
+    return {entry.ref: entry.id for entry in list_refs(store)}
+
+
+def problems(store: Store) -> list[str]:
+    return [f"{item.where}: {item.what}" for item in check(store, quick=False, progress=Silent()).problems]
+
+
+def read_all(store: Store, ref: str) -> dict[str, bytes]:
+    entry = read_ref(store, parse_ref(ref))
+    assert entry
+    return {item.path: read_file(store, item) for item in read_manifest(store, entry.id).files}
+
+
+def expected(ref: str) -> dict[str, bytes]:
+    seeds = {"web": (1, 2, 3), "part": (11,)}[ref]
+    return {f"{seed}.bin": random.Random(seed).randbytes(20_000) for seed in seeds}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent does not wait for the disk either."""
+
+    class Hasty:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda _: None) if name in ("fsync", "fdatasync") else getattr(os, name)
+
+    monkeypatch.setattr(durable, "os", Hasty())
+
+
+@pytest.fixture
+def before(tmp_path: Path, quick: None) -> Path:
+    """A remote and a second store with the old value of `web`; `here` with its new one and with `part`, which needs a
+    few frames of a bigger pack, so that one pack travels whole and one is made for the journey."""
+    folder = tmp_path / "before"
+    with ExitStack() as stack:
+        for name in ("here", "other"):
+            init_store(folder / name)
+        here = stack.enter_context(opened(folder, "here"))
+        commit(here, "web", 1)
+        push(folder)
+        pull(folder)
+        commit(here, "web", 1, 2, 3)
+        commit(here, "unpushed", *range(11, 18))
+        commit(here, "part", 11)
+    shutil.rmtree(folder / "here/refs/unpushed")
+    return folder
+
+
+def sweep(before: Path, tmp_path: Path, work: Work, examine: Callable[[Path, int], None]) -> int:
+    """Kill `work` at every step, on a fresh copy each; returns the number of steps."""
+    for step in range(1, MOST_STEPS):
+        folder = tmp_path / "now"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(before, folder)
+        killed = killed_at(step, work, folder)
+        examine(folder, step)
+        if not killed:
+            return step - 1
+    raise AssertionError("it never ended")
+
+
+def test_a_push_killed_at_any_step(before: Path, tmp_path: Path) -> None:
+    with opened(before, "here") as here, opened(before, "nas") as there:
+        new, old = values(here), values(there)
+
+    def examine(folder: Path, step: int) -> None:
+        with opened(folder, "here") as here, opened(folder, "nas") as there:
+            assert values(here) == new, f"step {step}"
+            assert problems(here) == problems(there) == [], f"step {step}"
+            for ref, oid in values(there).items():
+                assert oid in (old.get(ref), new[ref]), f"step {step}"
+        push(folder)
+        with opened(folder, "here") as here, opened(folder, "nas") as there:
+            assert values(there) == new, f"step {step}"
+            assert problems(here) == problems(there) == [], f"step {step}"
+            assert all(read_all(there, ref) == expected(ref) for ref in REFS), f"step {step}"
+
+    assert sweep(before, tmp_path, push, examine) > 20
+
+
+def test_a_first_push_killed_at_any_step(before: Path, tmp_path: Path) -> None:
+    shutil.rmtree(before / "nas")
+
+    def examine(folder: Path, step: int) -> None:
+        if (folder / "nas/FORMAT").exists():
+            with opened(folder, "nas") as there:
+                assert problems(there) == [], f"step {step}"
+        push(folder)
+        with opened(folder, "here") as here, opened(folder, "nas") as there:
+            assert values(there) == values(here), f"step {step}"
+            assert problems(there) == [], f"step {step}"
+
+    assert sweep(before, tmp_path, push, examine) > 40
+
+
+def test_a_pull_killed_at_any_step(before: Path, tmp_path: Path) -> None:
+    with opened(before, "other") as other:
+        old = values(other)
+    push(before)
+    with opened(before, "nas") as there:
+        new = values(there)
+
+    def examine(folder: Path, step: int) -> None:
+        with opened(folder, "other") as other:
+            assert problems(other) == [], f"step {step}"
+            for ref, oid in values(other).items():
+                assert oid in (old.get(ref), new[ref]), f"step {step}"
+            arrived = set(other.index.packs())
+        pull(folder)
+        with opened(folder, "other") as other, opened(folder, "nas") as there:
+            assert values(other) == values(there) == new, f"step {step}"
+            assert problems(other) == problems(there) == [], f"step {step}"
+            assert all(read_all(other, ref) == expected(ref) for ref in REFS), f"step {step}"
+            assert arrived <= set(other.index.packs()), f"step {step}"
+
+    assert sweep(before, tmp_path, pull, examine) > 10
+
+
+def test_a_clone_killed_at_any_step(before: Path, tmp_path: Path) -> None:
+    def work(folder: Path) -> None:
+        plan = clone.plan_clone("nas", Path("copy"), folder, Silent())
+        clone.execute_clone(plan, Silent())
+
+    with opened(before, "nas") as there:
+        new = values(there)
+
+    def examine(folder: Path, step: int) -> None:
+        if not (folder / "copy/.llmos/FORMAT").exists():
+            work(folder)  # it had not begun, so it can be begun again
+        with opened(folder, "copy/.llmos") as copy:
+            assert problems(copy) == [], f"step {step}"
+            execute_pull(copy, nas(folder), plan_pull(copy, nas(folder), None, force=False), Silent())
+            assert values(copy) == new, f"step {step}"
+            assert problems(copy) == [], f"step {step}"
+
+    assert sweep(before, tmp_path, work, examine) > 20
