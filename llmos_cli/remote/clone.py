@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from llmos_cli.config import Config
 from llmos_cli.errors import LlmosError, Unsafe, from_os_error
 from llmos_cli.formats.layout import FORMAT_FILE
 from llmos_cli.progress import Progress
-from llmos_cli.remote.open import add_remote, find_remote, normal_url, open_transport, require_ready
+from llmos_cli.remote.open import find_remote, normal_url, open_transport, require_ready
 from llmos_cli.remote.pull import PullResult, execute_pull, plan_pull
 from llmos_cli.remote.refs import list_remote_refs
 from llmos_cli.store.local import STORE_FOLDER, init_store, open_store
@@ -49,9 +50,8 @@ def plan_clone(url: str, folder: Path, cwd: Path, progress: Progress) -> ClonePl
 
 def execute_clone(plan: ClonePlan, progress: Progress) -> PullResult:
     """Make the store and pull every ref."""
-    init_store(plan.root)
+    init_store(plan.root, Config(remotes={ORIGIN: plan.url}))
     with open_store(plan.root, progress) as store:
-        add_remote(store, ORIGIN, plan.url, plan.root)
         remote = find_remote(store, ORIGIN, plan.root)
         try:
             return execute_pull(store, remote, plan_pull(store, remote, None, force=False), progress)

@@ -59,7 +59,7 @@ def find_remote(store: Store, text: str, cwd: Path) -> Remote:
     """The remote of this name or at this URL; raises NotFound with the nearest name, UsageError for this very store."""
     remotes = store.config.remotes
     if text in remotes:
-        remote = Remote(text, open_transport(remotes[text]))
+        remote = Remote(text, open_transport(normal_url(remotes[text], store.root)))
     elif _is_url(text):
         remote = Remote(None, open_transport(normal_url(text, cwd)))
     else:

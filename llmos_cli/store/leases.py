@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from llmos_cli.store.identity import ProcessIdentity, is_alive, this_process
 
 RENEW_SECONDS: Final = 300.0
 STALE_SECONDS: Final = 1800.0
+_TRIES: Final = 4
 _CLOCK_SECONDS: Final = 300.0  # how far the clocks of hosts and file systems may differ
 _FIELDS: Final = {"boot", "host", "objects", "pid", "purpose", "since", "started", "writes"}
 
@@ -53,24 +55,25 @@ def hold(store: Store, purpose: str, objects: Sequence[ObjectId], *, writes: boo
 
 @contextlib.contextmanager
 def hold_alone(store: Store, name: str, purpose: str, objects: Sequence[ObjectId] = ()) -> Iterator[None]:
-    """Like `hold`, but only one process may hold `name`: raises Busy naming the holder."""
-    path = store.leases / f"only-{name}.json"
-    temp = durable.temp_path(store.leases)
-    for _ in range(3):
-        _write(temp, purpose, objects, False)
-        if durable.publish_new(temp, path):
-            break
-        for lease in live_leases(store):
-            if lease.path == path:
-                process = lease.process
-                raise Busy(
-                    f"{purpose}: already running as process {process.pid} on {process.host}",
-                    hint="wait for it, or stop it first",
-                )
-    else:
-        raise Busy(f"{purpose}: the lease {path} keeps coming back", hint="run the command again")
-    with _renewed(path):
-        yield
+    """Like `hold`, but only one process may hold `name`: raises Busy naming the holder.
+
+    Each raises its own flag and then looks for others: of two at once at least one sees the other and steps back. A
+    file that all fight for would not do, for whoever clears away a dead holder's may hit that of a new one.
+    """
+    prefix = f"only-{name}-"
+    for attempt in range(_TRIES):
+        path = store.leases / f"{prefix}{uuid4().hex}.json"
+        _write(path, purpose, objects, False)
+        with _renewed(path):
+            others = [item for item in live_leases(store) if item.path.name.startswith(prefix) and item.path != path]
+            if not others:
+                yield
+                return
+        time.sleep(random.uniform(0, 0.02 * attempt))
+    holder = others[0].process
+    raise Busy(
+        f"{purpose}: already running as process {holder.pid} on {holder.host}", hint="wait for it, or stop it first"
+    )
 
 
 def live_leases(store: Store) -> list[Lease]:

@@ -22,13 +22,13 @@ CONFIG_FILE: Final = "config.toml"
 FOLDERS: Final = (PACKS, REFS, "logs", "leases", "trash", "tmp")
 
 
-def init_store(root: Path) -> bool:
+def init_store(root: Path, config: Config | None = None) -> bool:
     """Make an empty store at `root`; False if there is one already. FORMAT comes last: without it there is no store."""
     if (root / FORMAT_FILE).exists():
         return False
     for folder in FOLDERS:
         durable.make_folder(root / folder)
-    durable.write_file(root / CONFIG_FILE, render_config(Config()).encode())
+    durable.write_file(root / CONFIG_FILE, render_config(config or Config()).encode())
     durable.write_file(root / FORMAT_FILE, FORMAT_TEXT)
     return True
 

@@ -128,9 +128,10 @@ class _WrongSize(Damaged):
 def _find(store: Store, oid: ObjectId, use: Callable[[Frame, memoryview], T]) -> T:
     """Look for an object where the index says, then ever further, until some copy of it can be used."""
     problem: Damaged | None = None
+    damaged = False
     for search in (None, _in_new_packs, restore_from_trash, find_in_packs):
-        if search is find_in_packs and problem:
-            break  # it was found, and it is damaged
+        if search is find_in_packs and damaged:
+            break
         if search:
             search(store, oid)
         for location in store.index.locate(oid):
@@ -146,7 +147,7 @@ def _find(store: Store, oid: ObjectId, use: Callable[[Frame, memoryview], T]) ->
             except Damaged as exc:
                 problem = exc
                 problem.hint = problem.hint or _FSCK
-                _reconsider(store, location)
+                damaged = _is_damaged(store, location) or damaged
     raise problem or Damaged(f"object {oid.short} is missing from the store", hint=_FSCK)
 
 
@@ -154,15 +155,16 @@ def _in_new_packs(store: Store, oid: ObjectId) -> None:
     sync_index(store)
 
 
-def _reconsider(store: Store, location: Location) -> None:
-    """A read failed: either the index is wrong about the pack, or this copy is damaged and does not count as stored."""
+def _is_damaged(store: Store, location: Location) -> bool:
+    """A read failed: either this copy is damaged, and no longer counts as stored, or the index is wrong about the pack
+    and is put right."""
     try:
         content = read_pack(store.pack_path(location.pack))
     except NotFound:
-        return
-    if isinstance(content.problem, UnknownVersion):
-        return
+        return False
     if location.entry in content.entries:
         store.index.forget(location.entry.id, location.pack)
-    else:
+        return True
+    if not isinstance(content.problem, UnknownVersion):
         store.index.add_pack(location.pack, content.size, content.entries)
+    return False

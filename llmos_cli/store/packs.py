@@ -142,7 +142,10 @@ def read_frame(path: Path, entry: Entry) -> tuple[Frame, memoryview]:
         raise
     except OSError as exc:
         raise from_os_error(exc, f"reading object {entry.id.short} at byte {entry.offset} of {path}") from exc
-    return check_entry(entry, buffer[:HEADER_BYTES]), buffer[HEADER_BYTES:]
+    try:
+        return check_entry(entry, buffer[:HEADER_BYTES]), buffer[HEADER_BYTES:]
+    except Damaged as exc:
+        raise type(exc)(f"object {entry.id.short} in pack {path.name}: {exc.message}", hint=exc.hint) from exc
 
 
 def scratch(size: int) -> memoryview:

@@ -5,11 +5,12 @@ that could be left behind or that a network file system fakes. A writer that was
 the ref deleted and made anew) finds that its move does not follow the value it saw, and gives it back.
 """
 
+import contextlib
 import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from llmos_cli.errors import Conflict, Damaged, NotFound, UnknownVersion, UsageError, from_os_error
+from llmos_cli.errors import Conflict, Damaged, LlmosError, NotFound, UnknownVersion, UsageError, from_os_error
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import RefName
@@ -53,7 +54,7 @@ def ref_history(store: Store, ref: RefName) -> list[RefEntry]:
     entries = []
     for sequence in reversed(_sequences(store, ref)):
         try:
-            entry = _read_move(store, ref, sequence)
+            entry = _read_move(_folder(store, ref), ref, sequence)
         except UnknownVersion:
             raise
         except Damaged as exc:
@@ -104,7 +105,8 @@ def publish_move(store: Store, entry: RefEntry) -> None:
     if not won:
         raise _conflict(entry.ref, entry.previous, read_ref(store, entry.ref))
     if not _follows(store, entry):
-        durable.remove(target)
+        if _read_move(folder, entry.ref, entry.sequence) == entry:  # not that of somebody who began anew
+            durable.remove(target)
         raise _conflict(entry.ref, entry.previous, read_ref(store, entry.ref))
 
 
@@ -122,9 +124,11 @@ def delete_ref(store: Store, ref: RefName, *, expected: ObjectId) -> RefEntry:
     target = target.with_name(f"ref-{ref.name}-{ref.tag}-{target.name.removeprefix(durable.TEMP_PREFIX)}")
     if not durable.move(folder, target):
         raise _conflict(ref, expected, None)
-    if _numbers(target)[-1:] != sequences[-1:]:  # somebody moved it before it was gone: that move must not be lost
-        durable.make_folder(folder.parent)
-        durable.move(target, folder)
+    if _numbers(target) != sequences or _read_move(target, ref, current.sequence) != current:
+        # somebody moved it before it was gone, and that move must not be lost
+        with contextlib.suppress(LlmosError):  # made anew by a third; then the move stays in the trash with the log
+            durable.make_folder(folder.parent)
+            durable.move(target, folder)
         raise _conflict(ref, expected, read_ref(store, ref))
     durable.remove_empty_folder(folder.parent)
     return current
@@ -134,7 +138,7 @@ def _read_from(store: Store, ref: RefName, sequences: list[int]) -> RefEntry | N
     problem: Damaged | None = None
     for sequence in reversed(sequences):
         try:
-            entry = _read_move(store, ref, sequence)
+            entry = _read_move(_folder(store, ref), ref, sequence)
         except UnknownVersion:
             raise
         except Damaged as exc:
@@ -164,18 +168,18 @@ def _value(store: Store, ref: RefName, sequences: list[int]) -> RefEntry | None:
 
 def _follows(store: Store, entry: RefEntry) -> bool:
     """Whether a move just made stands right after the value it replaces, and is the newest or was built upon."""
-    sequences = _sequences(store, entry.ref)
+    folder, sequences = _folder(store, entry.ref), _sequences(store, entry.ref)
     earlier = [number for number in sequences if number < entry.sequence]
     later = [number for number in sequences if number > entry.sequence]
     before = _value(store, entry.ref, earlier)
-    if entry.sequence not in sequences or (before.id if before else None) != entry.previous:
+    if (before.id if before else None) != entry.previous or _read_move(folder, entry.ref, entry.sequence) != entry:
         return False
-    after = _read_move(store, entry.ref, later[0]) if later else None
+    after = _read_move(folder, entry.ref, later[0]) if later else None
     return not later or (after is not None and (after.sequence, after.previous) == (entry.sequence + 1, entry.id))
 
 
-def _read_move(store: Store, ref: RefName, sequence: int) -> RefEntry | None:
-    path = _folder(store, ref) / entry_name(sequence)
+def _read_move(folder: Path, ref: RefName, sequence: int) -> RefEntry | None:
+    path = folder / entry_name(sequence)
     try:
         with open(path, "rb") as file:
             return decode_entry(file.read(limits.REF_FILE_BYTES + 1), ref, sequence)

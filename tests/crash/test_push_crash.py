@@ -45,8 +45,8 @@ Work = Callable[[Path], None]
 
 
 class Dying:
-    """The `os` module as durable.py sees it: the process ends before its k-th step. Nothing waits for the disk: a killed
-    process loses nothing that it has written."""
+    """The `os` module as durable.py sees it: the process ends before its k-th step. Nothing waits for the disk: what
+    a process that is killed has written is not lost."""
 
     def __init__(self, step: int) -> None:
         self.left = step
@@ -242,6 +242,7 @@ def test_a_clone_killed_at_any_step(before: Path, tmp_path: Path) -> None:
             work(folder)  # it had not begun, so it can be begun again
         with opened(folder, "copy/.llmos") as copy:
             assert problems(copy) == [], f"step {step}"
+            assert set(copy.config.remotes) == {clone.ORIGIN}, f"step {step}"
             execute_pull(copy, nas(folder), plan_pull(copy, nas(folder), None, force=False), Silent())
             assert values(copy) == new, f"step {step}"
             assert problems(copy) == [], f"step {step}"

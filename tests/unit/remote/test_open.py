@@ -73,6 +73,15 @@ def test_a_remote_is_remembered_by_the_store(exchange: Exchange, tmp_path: Path)
         find_remote(again, "nas", Path("/"))
 
 
+def test_a_relative_path_written_into_the_settings_starts_at_the_store(exchange: Exchange, tmp_path: Path) -> None:
+    store = exchange.store("here")
+    (store.root / "config.toml").write_text('[remotes]\nnas = "../nas"\nbad = "s3://b"\n')
+    with open_store(store.root) as again:
+        assert find_remote(again, "nas", Path("/")).transport.url == str(tmp_path / "nas")
+        with pytest.raises(UsageError, match="s3"):
+            find_remote(again, "bad", Path("/"))
+
+
 def test_settings_survive_a_new_remote(exchange: Exchange, tmp_path: Path) -> None:
     store = exchange.store("here")
     (store.root / "config.toml").write_text("[gc]\ngrace_hours = 3\n[remotes]\n")
