@@ -161,6 +161,10 @@ def _tensor(name: str, value: canonical.Json, begin: int, what: str) -> TensorIn
     assert isinstance(first, int)
     assert isinstance(last, int)
     extents = tuple(extent for extent in shape if isinstance(extent, int))
-    if len(extents) != len(shape) or last - first != tensor_bytes(dtype, extents, name):
+    try:
+        expected = tensor_bytes(dtype, extents, name)
+    except Damaged as exc:
+        raise Damaged(f"{what} is malformed: {exc.message}") from exc
+    if len(extents) != len(shape) or last - first != expected:
         raise Damaged(f"{what} is malformed: tensor {name[:200]!r} does not fit its offsets")
     return TensorInfo(name, dtype, extents, begin + first, begin + last)

@@ -18,6 +18,7 @@ from uuid import uuid4
 from llmos_cli.errors import LlmosError, Unsafe, from_os_error
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import Buffer
+from llmos_cli.formats.names import check_path
 
 TEMP_PREFIX: Final = ".tmp-"
 _TRIES: Final = 20
@@ -245,7 +246,7 @@ class Destination:
                 _sync_folder_fd(fd)
 
     def _open_parent(self, path: str, *, create: bool) -> tuple[int, str]:
-        *parts, name = path.split("/")
+        *parts, name = check_path(path).split("/")
         at, parent = "", self._root_fd
         for part in parts:
             at = f"{at}/{part}" if at else part

@@ -52,14 +52,17 @@ def check(store: Store, *, quick: bool, progress: Progress) -> FsckReport:
     """
     found = _Found()
     _check_packs(store, found, quick, progress)
+    absent = {
+        name: {entry.id for entry in store.index.entries(name)}
+        for name in store.index.packs().keys() - found.packs.keys()
+    }
     needs = _needs(store, found)
     if needs.keys() - found.good:  # a gc may have moved packs while we looked, or died before it looked again
         _bring_back(store, needs.keys() - found.good)
         _check_packs(store, found, quick, progress)
     missing = needs.keys() - found.good
-    for name in store.index.packs().keys() - found.packs.keys():
-        lost = {entry.id for entry in store.index.entries(name)} & missing
-        if lost:
+    for name, held in absent.items():
+        if lost := held & missing:
             found.problems.append((f"its file is missing, and with it {len(lost)} objects", f"pack {name.short}", lost))
     lacking: Counter[str] = Counter(ref for oid in missing for ref in needs[oid])
     unreadable = {where for _, where, _ in found.problems}

@@ -220,21 +220,21 @@ def _trash(store: Store, pack: PackPlan) -> int:
 def _restore_needed(store: Store, ready: set[ObjectId]) -> int:
     """Look again: a pack leaves the trash if something alive in it is nowhere else. The other copies of what is in a
     pack that is `ready` to be unlinked are proven."""
+    waiting = list_packs(store.trash)
     live = reachable(store, find_roots(store, since=time.time() - store.config.gc.keep_days * _DAY_SECONDS))
     whole: set[ObjectId] = set()  # copies outside the trash, proven
-    restored = 0
-    for name, path in list_packs(store.trash).items():
+    for name, path in waiting.items():
         try:
             content = read_pack(path)
         except NotFound:
             continue
         for oid in {entry.id for entry in content.entries} & live - whole:
             if not (_has_whole_copy(store, oid) if name in ready else find_holder(store, oid)):
-                restored += restore_pack(store, name, path, content)
+                restore_pack(store, name, path, content)
                 break
             if name in ready:
                 whole.add(oid)
-    return restored
+    return sum(store.pack_path(name).exists() for name in waiting)  # reading manifests brings some back as well
 
 
 def _has_whole_copy(store: Store, oid: ObjectId) -> bool:

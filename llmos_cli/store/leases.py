@@ -122,7 +122,8 @@ def _renewed(path: Path) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        durable.remove(path)
+        with contextlib.suppress(LlmosError):  # what was done under the lease is done; a dead holder's is removed
+            durable.remove(path)
 
 
 def _write(path: Path, purpose: str, objects: Sequence[ObjectId], writes: bool) -> Lease:

@@ -165,6 +165,6 @@ def _is_damaged(store: Store, location: Location) -> bool:
     if location.entry in content.entries:
         store.index.forget(location.entry.id, location.pack)
         return True
-    if not isinstance(content.problem, UnknownVersion):
+    if content.entries or content.problem is None:
         store.index.add_pack(location.pack, content.size, content.entries)
     return False

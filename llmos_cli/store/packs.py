@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from llmos_cli.errors import AccessDenied, Damaged, NotFound, UnknownVersion, from_os_error
+from llmos_cli.errors import AccessDenied, Damaged, LlmosError, NotFound, UnknownVersion, from_os_error
 from llmos_cli.formats import codec, limits
 from llmos_cli.formats.frame import HEADER_BYTES, Frame, check_id, decode_header, decode_payload, plain_limit
 from llmos_cli.formats.ids import Buffer, IdHasher, ObjectId, parse_id
@@ -145,7 +145,7 @@ def read_frame(path: Path, entry: Entry) -> tuple[Frame, memoryview]:
     try:
         return check_entry(entry, buffer[:HEADER_BYTES]), buffer[HEADER_BYTES:]
     except Damaged as exc:
-        raise type(exc)(f"object {entry.id.short} in pack {path.name}: {exc.message}", hint=exc.hint) from exc
+        raise type(exc)(f"object {entry.id.short}: {exc.message}", hint=exc.hint) from exc
 
 
 def scratch(size: int) -> memoryview:
@@ -180,16 +180,18 @@ class PackContent:
 
     size: int
     entries: tuple[Entry, ...]
-    problem: Damaged | None
+    problem: LlmosError | None
 
 
 def read_pack(path: Path) -> PackContent:
     """A pack's content from its index or, where that is damaged, from the frames themselves; NotFound if it is gone."""
     try:
         size, entries = read_pack_index(path)
-    except UnknownVersion as exc:
-        return PackContent(0, (), exc)
-    except Damaged as exc:
+    except NotFound:
+        raise
+    except LlmosError as exc:
+        if isinstance(exc, UnknownVersion) or not isinstance(exc, Damaged):
+            return PackContent(0, (), exc)
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size

@@ -66,12 +66,9 @@ def ref_history(store: Store, ref: RefName) -> list[RefEntry]:
 
 
 def update_ref(store: Store, ref: RefName, new: ObjectId, *, expected: ObjectId | None, message: str) -> RefEntry:
-    """Move a ref from `expected` (None: it has no value) to `new`; raises Conflict if somebody was faster.
-
-    A ref of which no move can be read any more has no value: it may be pointed anew.
-    """
+    """Move a ref from `expected` (None: it must not exist) to `new`; raises Conflict if somebody was faster."""
     sequences = _sequences(store, ref)
-    current = _value(store, ref, sequences)
+    current = _read_from(store, ref, sequences)
     if (current.id if current else None) != expected:
         raise _conflict(ref, expected, current)
     if current and current.id == new:

@@ -232,6 +232,12 @@ class TestDestination:
                 destination.kind("sub/f")
         assert not list(outside.iterdir())
 
+    @pytest.mark.parametrize("path", ["../f", "a/../../f", "/f", "", "."])
+    def test_a_path_that_leads_out_is_refused(self, tmp_path: Path, path: str) -> None:
+        with Destination(tmp_path / "out") as destination, pytest.raises(Unsafe), destination.replace(path):
+            pass
+        assert [found.name for found in tmp_path.iterdir()] == ["out"]
+
     def test_a_link_in_a_files_place_is_replaced_not_followed(self, tmp_path: Path) -> None:
         target = tmp_path / "target"
         target.write_bytes(b"stays")

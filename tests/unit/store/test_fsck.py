@@ -1,0 +1,251 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmos_cli.formats.frame import HEADER_BYTES
+from llmos_cli.formats.ids import object_id
+from llmos_cli.formats.names import RefName
+from llmos_cli.formats.pack import ALIGNMENT, HEADER_SIZE, TRAILER_SIZE
+from llmos_cli.progress import Silent
+from llmos_cli.store.fsck import FsckReport, check, reindex
+from llmos_cli.store.gc import execute_gc, plan_gc
+from llmos_cli.store.local import Store, open_store
+from llmos_cli.store.refs import read_ref
+
+FILES = {"a": b"first" * 300, "b": bytes(range(256)) * 30, "c": b"third"}
+
+
+def described(report: FsckReport) -> str:
+    return "\n".join(f"{item.where}: {item.what} ({', '.join(item.referrers)})" for item in report.problems)
+
+
+def test_a_sound_store(store: Store, lab: Any) -> None:
+    assert lab.fsck() == FsckReport((), 0, 0, 0, False)
+    lab.add("x", FILES)
+    lab.add("y", FILES | {"d": b"4"})
+    for quick in (False, True):
+        report = lab.fsck(quick=quick)
+        assert not report.problems
+        assert (report.packs, report.objects, report.quick) == (2, 6, quick)
+        assert report.bytes == sum(path.stat().st_size for path in lab.packs())
+
+
+def test_leftovers_of_a_crash_are_no_damage(store: Store, lab: Any) -> None:
+    lab.add("x", FILES)
+    lab.add("y", {"f": b"unreachable"})
+    lab.remove("y")
+    (store.tmp / ".tmp-1").write_bytes(b"half a pack")
+    (store.leases / "dead.json").write_bytes(b"")
+    (store.refs / "empty" / "latest").mkdir(parents=True)
+    store.index.drop_pack(next(iter(store.index.packs())))
+    lab.sound()
+
+
+@pytest.mark.parametrize("place", ["payload", "header"])
+def test_a_flipped_bit_in_a_frame_is_named_with_object_pack_and_refs(store: Store, lab: Any, place: str) -> None:
+    lab.add("x", FILES)
+    lab.add("y", {"a": FILES["a"]})
+    lab.add("z", {"other": b"fine"})
+    oid = object_id(FILES["a"])
+    path, at = lab.payload_at(oid)
+    lab.flip(path, at + 3 if place == "payload" else at - HEADER_BYTES + 9)
+    report = lab.fsck()
+    text = described(report)
+    pack = path.name[:12]
+    assert f"object {oid.short} in pack {pack}" in text
+    assert "(x:latest, y:latest)" in text
+    assert "ref x:latest: 1 of its objects are missing or damaged" in text
+    assert "ref y:latest: 1 of its objects are missing or damaged" in text
+    assert "z:latest" not in text
+    assert len(report.problems) == 3
+    quick = [item.where for item in lab.fsck(quick=True).problems]
+    assert quick == ([] if place == "payload" else [item.where for item in report.problems])
+
+
+def test_every_byte_of_a_pack_matters(store: Store, lab: Any) -> None:
+    lab.add("x", {"f": b"a short file", "g": b"z" * 200})
+    path = lab.packs()[0]
+    size = path.stat().st_size
+    for at in range(0, size, 7):
+        lab.flip(path, at, 16)
+        report = lab.fsck()
+        assert report.problems, f"byte {at} of {size}"
+        lab.flip(path, at, 16)
+    reindex(store)
+    lab.sound()
+
+
+@pytest.mark.parametrize("where", ["magic", "index", "trailer", "padding", "cut", "empty", "longer", "NUL"])
+def test_a_damaged_pack_is_named_and_what_stands_in_it_counts(store: Store, lab: Any, where: str) -> None:
+    lab.add("x", FILES)
+    path = lab.packs()[0]
+    data = path.read_bytes()
+    if where in ("magic", "index", "trailer", "padding"):
+        entries = store.index.entries(next(iter(store.index.packs())))
+        padded = next(entry.end for entry in entries if entry.end % ALIGNMENT)
+        lab.flip(path, {"magic": 0, "index": -TRAILER_SIZE - 5, "trailer": -1, "padding": padded}[where])
+    else:
+        path.chmod(0o600)
+        path.write_bytes({"cut": data[:-700], "empty": b"", "longer": data + b"\0", "NUL": bytes(len(data))}[where])
+    text = described(lab.fsck())
+    assert f"pack {path.name[:12]}" in text
+    assert "(x:latest)" in text
+    whole = where in ("magic", "index", "trailer", "padding", "longer")
+    assert ("ref x:latest" in text) == (not whole)
+    if whole:
+        assert lab.read("x") == FILES
+
+
+def test_a_missing_pack_is_named_with_the_refs_it_takes_along(store: Store, lab: Any) -> None:
+    lab.add("x", FILES)
+    lab.add("y", {"f": b"fine"})
+    oid = object_id(FILES["a"])
+    path = lab.pack_of(oid)
+    path.unlink()
+    text = described(lab.fsck())
+    assert f"pack {path.name[:12]}: its file is missing" in text
+    assert "ref x:latest" in text
+    assert "y:latest" not in text
+
+
+def test_a_missing_pack_that_nobody_needs_is_no_damage(store: Store, lab: Any) -> None:
+    lab.add("x", FILES)
+    path = lab.packs()[0]
+    lab.remove("x")
+    path.unlink()
+    lab.sound()
+
+
+def test_swapped_packs(store: Store, lab: Any) -> None:
+    lab.add("x", {"f": b"1" * 300})
+    lab.add("y", {"f": b"2" * 300})
+    one, two = lab.packs()
+    one.rename(one.with_name("swap"))
+    two.rename(one)
+    one.with_name("swap").rename(two)
+    report = lab.fsck()
+    assert [item.what.split(" ", 2)[2] for item in report.problems] == [
+        "does not have the bytes its name stands for"
+    ] * 2
+
+
+def test_a_damaged_manifest(store: Store, lab: Any) -> None:
+    commit = lab.add("x", FILES)
+    lab.flip(*lab.payload_at(commit.id))
+    text = described(lab.fsck())
+    assert f"object {commit.id.short} in pack" in text
+    assert "ref x:latest" in text
+    assert len(lab.fsck().problems) == 2
+
+
+def test_damaged_refs(store: Store, lab: Any) -> None:
+    lab.add("x", FILES)
+    lab.add("x", {"f": b"2"})
+    lab.add("y", FILES)
+    for ref in ("x", "y"):
+        max((store.refs / ref / "latest").iterdir()).write_bytes(b"\0" * 50)
+    text = described(lab.fsck())
+    assert "ref x:latest (move 2) is empty, cut short or damaged; using move 1" in text
+    assert "ref y:latest: ref y:latest (move 1) is empty" in text
+    assert not lab.warnings()
+
+
+def test_missing_folders_are_problems_not_crashes(store: Store, lab: Any) -> None:
+    lab.add("x", FILES)
+    store.packs.rename(store.root / "elsewhere")
+    text = described(lab.fsck())
+    assert "is missing" in text
+    assert "ref x:latest" in text
+    (store.root / "elsewhere").rename(store.packs)
+    lab.sound()
+    store.refs.rename(store.root / "elsewhere")
+    assert "refs folder" in described(lab.fsck())
+
+
+def test_the_index_is_put_right_in_passing(store: Store, lab: Any) -> None:
+    commit = lab.add("x", FILES)
+    location = store.index.locate(commit.id)[0]
+    store.index.add_pack(location.pack, 1, [])
+    lab.sound()
+    store.index.forget(commit.id, location.pack)
+    lab.sound()
+    assert store.index.locate(commit.id) == [location]
+
+
+def test_after_damage_was_seen_adding_again_heals(store: Store, lab: Any) -> None:
+    lab.add("x", FILES)
+    lab.flip(*lab.payload_at(object_id(FILES["b"])))
+    assert lab.fsck().problems
+    lab.add("again", {"b": FILES["b"]})
+    assert lab.read("x") == FILES
+    remaining = lab.fsck()
+    assert [item.where.split()[0] for item in remaining.problems] == ["object"]
+    execute_gc(store, plan_gc(store, grace_seconds=0), Silent())
+    assert lab.read("x") == FILES
+
+
+def test_reindex_tells_what_it_could_not_read(store: Store, lab: Any) -> None:
+    lab.add("x", FILES)
+    lab.add("y", {"f": b"1"})
+    damaged = lab.pack_of(object_id(FILES["a"]))
+    lab.flip(damaged, -1)
+    done = reindex(store)
+    assert done.packs == 2
+    assert len(done.damaged) == 1
+    assert damaged.name in done.damaged[0]
+    assert lab.read("x") == FILES
+
+
+def test_it_is_safe_beside_a_gc_that_rewrites(
+    store: Store, lab: Any, in_processes: Callable[[int, Callable[[int], Any]], list[Any]]
+) -> None:
+    for number in range(6):
+        lab.add(f"keep{number}", {"k": lab.noise(30_000, number)})
+        lab.add(f"both{number}", {"k": lab.noise(30_000, number), "d": lab.noise(80_000, 100 + number)})
+    store.close()
+
+    def work(number: int) -> list[str]:
+        with open_store(store.root, Silent()) as mine:
+            if number == 0:
+                for victim in range(6):
+                    entry = read_ref(mine, RefName(f"both{victim}"))
+                    assert entry is not None
+                    from llmos_cli.store.refs import delete_ref
+
+                    delete_ref(mine, RefName(f"both{victim}"), expected=entry.id)
+                    execute_gc(mine, plan_gc(mine, grace_seconds=0), Silent())
+                return []
+            found = []
+            for _ in range(12):
+                report = check(mine, quick=number == 1, progress=Silent())
+                found += [item.what for item in report.problems if not item.where.startswith("ref both")]
+            return found
+
+    assert in_processes(3, work) == [[], [], []]
+
+
+def test_an_unreadable_pack_is_a_problem(store: Store, lab: Any, as_nobody: Any) -> None:
+    lab.add("x", FILES)
+    path: Path = lab.packs()[0]
+    path.chmod(0)
+    store.close()
+    store.root.parent.chmod(0o755)
+
+    def attempt() -> str:
+        with open_store(store.root, Silent()) as mine:
+            return described(check(mine, quick=False, progress=Silent()))
+
+    if os.geteuid() == 0:
+        text = as_nobody(attempt)
+        assert "Permission denied" in text
+        assert "x:latest" in text
+
+
+def test_an_empty_pack_of_the_right_shape(store: Store, lab: Any) -> None:
+    assert HEADER_SIZE == 64
+    lab.add("x", {})
+    lab.sound()
+    assert lab.read("x") == {}
