@@ -337,7 +337,7 @@ def _change(names: dict[str, File], change: _Change) -> None:
 
 
 def power_losses(before: Path, steps: list[Step], folder: Path) -> Iterator[str]:
-    """Make in `folder`, for every moment between two steps, what a power loss may leave; yields when that was, in words,
+    """Make in `folder`, for every moment between two steps, what a power loss may leave; yields when that was,
     "" for the moment after the last step.
 
     The index is left out: it is a cache, and has its own way of being durable. Equal remains are made once.

@@ -172,7 +172,7 @@ class Prepared:
             self.scenario.act(store)
 
     def examine(self, root: Path, where: str) -> None:
-        """What an interruption left must be whole, old or new (new if there was none), and good enough to go on with."""
+        """What an interruption left must be whole, old or new (new if there was none), and fit to go on with."""
         with open_store(root) as store:
             assert problems(store) == [], where
             now = state(store)
