@@ -222,7 +222,8 @@ def test_any_step_may_fail(prepared: Prepared, harness: ModuleType, scratch: Pat
     def examine(root: Path, where: str) -> None:
         with open_store(root) as store:
             left = len(list(store.tmp.glob(".tmp-*")))
-            assert left <= len(list((prepared.root / "tmp").glob(".tmp-*"))) + (error == errno.EIO), where
+            # one more may be left: the step that failed may have been the removal of a temporary file
+            assert left <= len(list((prepared.root / "tmp").glob(".tmp-*"))) + 1, where
         prepared.examine(root, where)
 
     def stopped_at(number: int, work: Callable[[], object]) -> bool:
