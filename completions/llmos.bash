@@ -134,7 +134,7 @@ _llmos_spec() {
         "remote add")
             opts=(--store --json --quiet -q --verbose -v --help -h)
             valued=(--store)
-            places=(refs dirs)
+            places=(remotes dirs)
             ;;
         "remote ls")
             opts=(--store --json --quiet -q --verbose -v --help -h)
@@ -143,7 +143,7 @@ _llmos_spec() {
         "remote rm")
             opts=(--store --json --quiet -q --verbose -v --help -h)
             valued=(--store)
-            places=(refs)
+            places=(remotes)
             ;;
     esac
 }
@@ -154,7 +154,7 @@ _llmos_value() {
     case "$1 $2" in
         " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store") kind=dirs ;;
         "shard --tokenizer") kind="refs dirs" ;;
-        "shard --field" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data") kind=refs ;;
+        "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data") kind=refs ;;
         "train --config") kind=files ;;
         "train --precision") kind="words fp32 bf16" ;;
     esac

@@ -235,7 +235,7 @@ complete -c llmos -n '__llmos_at shard' -F -a '(__llmos_refs)'
 complete -c llmos -n '__llmos_at shard' -l tokenizer -r -f -a '(__llmos_refs) (__fish_complete_directories)' -d 'Train one of N tokens, or take one.'
 complete -c llmos -n '__llmos_at shard' -l seq-len -r -f -d 'Tokens in a row.'
 complete -c llmos -n '__llmos_at shard' -l shard-size -r -f -d 'Bytes in a shard.'
-complete -c llmos -n '__llmos_at shard' -l field -r -f -a '(__llmos_refs)' -d 'Where a JSON line has its text.  [default: text]'
+complete -c llmos -n '__llmos_at shard' -l field -r -f -d 'Where a JSON line has its text.  [default: text]'
 complete -c llmos -n '__llmos_at shard' -l skip-bad -d 'Leave out what is not text or is empty, and name it.'
 complete -c llmos -n '__llmos_at shard' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at shard' -l json -d 'One JSON object on stdout.'
@@ -345,7 +345,7 @@ complete -c llmos -n '__llmos_at remote; and not __llmos_at remote add; and not 
 complete -c llmos -n '__llmos_at remote' -l help -s h -d 'Show help and exit.'
 
 # llmos remote add
-complete -c llmos -n '__llmos_at remote add' -f -a '(__llmos_refs) (__fish_complete_directories)'
+complete -c llmos -n '__llmos_at remote add' -f -a '(__llmos_remotes) (__fish_complete_directories)'
 complete -c llmos -n '__llmos_at remote add' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at remote add' -l json -d 'One JSON object on stdout.'
 complete -c llmos -n '__llmos_at remote add' -l quiet -s q -d 'No messages, no progress.'
@@ -360,7 +360,7 @@ complete -c llmos -n '__llmos_at remote ls' -l verbose -s v -d 'More about what 
 complete -c llmos -n '__llmos_at remote ls' -l help -s h -d 'Show help and exit.'
 
 # llmos remote rm
-complete -c llmos -n '__llmos_at remote rm' -f -a '(__llmos_refs)'
+complete -c llmos -n '__llmos_at remote rm' -f -a '(__llmos_remotes)'
 complete -c llmos -n '__llmos_at remote rm' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at remote rm' -l json -d 'One JSON object on stdout.'
 complete -c llmos -n '__llmos_at remote rm' -l quiet -s q -d 'No messages, no progress.'

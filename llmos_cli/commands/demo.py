@@ -42,7 +42,9 @@ def demo(
     directory: Annotated[Path, typer.Option("--dir", metavar="DIR", help="A new folder to work in.")] = Path(
         "llmos-demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, max=100_000, help="Training steps: more is slower and better.")] = 300,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, max=100_000, help="Training steps: more is slower and better.")
+    ] = 300,
 ) -> None:
     """Try everything: text to a served, quantized model in about two minutes.
 

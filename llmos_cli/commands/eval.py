@@ -16,15 +16,19 @@ def eval(  # noqa: A001
     ctx: typer.Context,
     ref: Annotated[str, typer.Argument(metavar="REF", help="The model or checkpoint.", show_default=False)],
     *,
-    data: Annotated[str, typer.Option(metavar="REF", help="The dataset to score.", show_default=False)],
+    data: Annotated[str, typer.Option("--data", metavar="REF", help="The dataset to score.", show_default=False)],
     max_rows: Annotated[
-        int | None, typer.Option(min=1, help="Score this many evenly spaced rows instead of all.", show_default=False)
+        int | None,
+        typer.Option(
+            "--max-rows", min=1, help="Score this many evenly spaced rows instead of all.", show_default=False
+        ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows at a time; by default as many as suit.", show_default=False)
+        int | None,
+        typer.Option("--batch", min=1, help="Rows at a time; by default as many as suit.", show_default=False),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Where to keep the report.  [default: REF's name]-eval")
+        str | None, typer.Option("--name", metavar="NAME", help="Where to keep the report.  [default: REF's name]-eval")
     ] = None,
 ) -> None:
     """Measure a model's perplexity on a dataset and keep the report.

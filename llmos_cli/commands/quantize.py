@@ -22,12 +22,14 @@ def quantize(
     ref: Annotated[str, typer.Argument(metavar="REF", help="The model or checkpoint.", show_default=False)],
     name: Annotated[str, typer.Argument(metavar="NAME", help="The ref to move, NAME or NAME:TAG.", show_default=False)],
     *,
-    scheme: Annotated[str, typer.Option(help="How weights are stored: int8 (8 bits, one scale a row).")] = "int8",
+    scheme: Annotated[
+        str, typer.Option("--scheme", help="How weights are stored: int8 (8 bits, one scale a row).")
+    ] = "int8",
     data: Annotated[
         str | None,
-        typer.Option(metavar="REF", help="The dataset to compare on.  [default: the one it was trained on]"),
+        typer.Option("--data", metavar="REF", help="The dataset to compare on.  [default: the one it was trained on]"),
     ] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Compare on this many evenly spaced rows.")] = 128,
+    max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Compare on this many evenly spaced rows.")] = 128,
 ) -> None:
     """Make a model smaller and say what that costs in quality.
 

@@ -14,7 +14,7 @@ import typer
 
 from llmos_cli.ui.session import session
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="What to call it.", show_default=False)]
+NameArgument = Annotated[str, typer.Argument(metavar="REMOTE", help="What to call it.", show_default=False)]
 
 
 def add(

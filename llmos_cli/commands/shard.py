@@ -26,7 +26,7 @@ def shard(
     shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Bytes in a shard.")] = "64MB",
     field: Annotated[
         str | None,
-        typer.Option("--field", metavar="NAME", help="Where a JSON line has its text.  [default: text]"),
+        typer.Option("--field", metavar="KEY", help="Where a JSON line has its text.  [default: text]"),
     ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out what is not text or is empty, and name it.")

@@ -111,18 +111,15 @@ def client(server: Running) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture
-def llmos(store: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
+def llmos(store: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run one command line in this process: exit code, stdout, stderr."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: str) -> tuple[int, str, str]:
         code = main(["--store", str(store), *arguments])
         out, err = capsys.readouterr()
         return code, out, err
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def test_the_line_that_says_ready_names_what_is_served(server: Running, store: Path) -> None:

@@ -96,10 +96,9 @@ def _value(param: Any) -> Value:
     metavar = param.metavar or ""
     if _CHOICES.match(metavar):
         return Value(words=tuple(metavar.split("|")))
-    described = getattr(param, "type_descriptor", None)
-    choices = getattr(described, "choices", None) or ()
+    choices = getattr(param.type, "choices", None) or ()
     kinds = _unique(tuple(_KINDS[word] for word in re.findall(r"[A-Z]+", metavar) if word in _KINDS))
-    if not kinds and getattr(described, "is_path", False):
+    if not kinds and getattr(param.type, "name", "") in ("path", "file", "directory"):
         kinds = ("files",)
     return Value(kinds, tuple(str(getattr(choice, "value", choice)) for choice in choices))
 

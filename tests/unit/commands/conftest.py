@@ -1,8 +1,7 @@
 """`llmos(...)` runs one command line in this process, from parsing to exit code, in an empty folder."""
 
 import json
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,18 +46,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def llmos(folder: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Llmos]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
+def llmos(folder: Path, capfd: pytest.CaptureFixture[str]) -> Llmos:
     def run(*words: str | Path) -> Ran:
         capfd.readouterr()
         code = main([str(word) for word in words])
         out, err = capfd.readouterr()
         return Ran(code, out, err)
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture

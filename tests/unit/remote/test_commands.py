@@ -2,8 +2,7 @@
 
 import json
 import random
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ Run = Callable[..., tuple[int, Any, str]]
 
 
 @pytest.fixture
-def llmos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def llmos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run one command line in an empty folder: exit code, stdout (parsed with --json), stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("LLMOS_STORE", raising=False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*words: str) -> tuple[int, Any, str]:
         capfd.readouterr()
@@ -28,9 +26,7 @@ def llmos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         out, err = capfd.readouterr()
         return code, json.loads(out) if "--json" in words and out else out, err
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture
