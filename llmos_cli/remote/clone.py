@@ -31,7 +31,7 @@ class ClonePlan:
 
 def plan_clone(url: str, folder: Path, cwd: Path, progress: Progress) -> ClonePlan:
     """Decide what a clone would make; raises Unsafe if the folder is in use, NotFound if there is nothing to clone."""
-    root = cwd / folder / STORE_FOLDER
+    root = ((cwd / folder).resolve() if ".." in folder.parts else cwd / folder) / STORE_FOLDER
     if (root / FORMAT_FILE).exists():
         raise Unsafe(f"{folder} holds a store already", hint=_go_on(folder))
     try:
