@@ -88,7 +88,9 @@ def encode(plain: memoryview, words: Words, room: memoryview | None = None) -> E
     return candidate if candidate.size < _WORTH * len(plain) else raw
 
 
-def decode(codec: int, width: int, rotated: bool, payload: memoryview, out: memoryview) -> None:
+def decode(
+    codec: int, width: int, rotated: bool, payload: memoryview, out: memoryview, base: memoryview | None = None
+) -> None:
     """Fill `out`, whose length is the promised plain size, from a payload; raises Damaged unless they fit exactly."""
     if codec == RAW:
         if len(payload) != len(out):

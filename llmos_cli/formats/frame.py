@@ -44,19 +44,21 @@ def plain_limit(kind: int) -> int:
     return limits.MANIFEST_BYTES if kind == MANIFEST else limits.CHUNK_BYTES
 
 
-def new_frame(kind: int, oid: ObjectId, plain_size: int, encoded: codec.Encoded) -> Frame:
-    """The header of an encoded object."""
+def new_frame(
+    kind: int, oid: ObjectId, plain_size: int, encoded: codec.Encoded, base: ObjectId = NO_ID, depth: int = 0
+) -> Frame:
+    """The header of an encoded object; `base` and `depth` are a delta's."""
     return Frame(
         kind,
         encoded.codec,
         encoded.width,
         encoded.rotated,
-        0,
+        depth,
         plain_size,
         encoded.size,
         checksum(*encoded.parts),
         oid,
-        NO_ID,
+        base,
     )
 
 
@@ -120,11 +122,14 @@ def check_payload(frame: Frame, payload: Buffer) -> None:
         raise Damaged(f"object {frame.id.short} fails its checksum")
 
 
-def decode_payload(frame: Frame, payload: memoryview, out: memoryview) -> None:
-    """Check and decode a payload into `out`, which has the frame's plain size; raises Damaged naming the object."""
+def decode_payload(frame: Frame, payload: memoryview, out: memoryview, base: memoryview | None = None) -> None:
+    """Check and decode a payload into `out`, which has the frame's plain size; raises Damaged naming the object.
+
+    A delta needs `base`, the plain bytes of its base.
+    """
     check_payload(frame, payload)
     try:
-        codec.decode(frame.codec, frame.width, frame.rotated, payload, out)
+        codec.decode(frame.codec, frame.width, frame.rotated, payload, out, base)
     except Damaged as exc:
         raise type(exc)(f"object {frame.id.short}: {exc.message}", hint=exc.hint) from exc
 

@@ -24,8 +24,9 @@ from llmos_cli.progress import Task
 from llmos_cli.remote.catalog import Place, RemotePack
 from llmos_cli.remote.parallel import in_order
 from llmos_cli.remote.transport import Transport
+from llmos_cli.store.frames import scratch
 from llmos_cli.store.handle import Store
-from llmos_cli.store.packs import PackWriter, scratch
+from llmos_cli.store.packs import PackWriter
 
 _WORKERS: Final = max(4, min(os.cpu_count() or 1, 16))
 _SPAN_BYTES: Final = 8 * limits.MiB  # neighbouring frames are read together up to this much

@@ -18,8 +18,9 @@ from llmos_cli.remote.catalog import Place, RemotePack, read_remote_pack
 from llmos_cli.remote.fetch import BadPack, prove_object
 from llmos_cli.remote.parallel import in_order
 from llmos_cli.remote.transport import Transport
+from llmos_cli.store.frames import read_frame
 from llmos_cli.store.handle import Store
-from llmos_cli.store.packs import PackWriter, read_frame
+from llmos_cli.store.packs import PackWriter
 
 _STREAMS: Final = 2  # a kill costs what is under way: at most this many packs
 _WHOLE_SHARE: Final = 0.5

@@ -14,9 +14,10 @@ from llmos_cli.formats.frame import HEADER_BYTES
 from llmos_cli.formats.ids import IdHasher, ObjectId
 from llmos_cli.formats.pack import Entry, aligned, check_entry, check_padding
 from llmos_cli.progress import Progress, Silent, Task
+from llmos_cli.store.frames import verify_frame
 from llmos_cli.store.handle import Store
 from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.packs import Sync, list_packs, read_pack, restore_pack, sync_index, verify_frame
+from llmos_cli.store.packs import Sync, list_packs, read_pack, restore_pack, sync_index
 from llmos_cli.store.reach import objects_of
 from llmos_cli.store.refs import RefEntry, read_ref, ref_names
 
@@ -121,7 +122,7 @@ def _check_packs(store: Store, found: _Found, quick: bool, progress: Progress) -
         return
     total = 0 if quick else sum(path.stat().st_size for path in paths.values() if path.exists())
     with progress.task("checking", total=total or None) as task, ThreadPoolExecutor(_WORKERS, "fsck") as workers:
-        jobs = {name: workers.submit(_check_pack, name, path, quick, task) for name, path in paths.items()}
+        jobs = {name: workers.submit(_check_pack, store, name, path, quick, task) for name, path in paths.items()}
         for name, job in jobs.items():
             try:
                 checked = job.result()
@@ -141,7 +142,7 @@ def _check_packs(store: Store, found: _Found, quick: bool, progress: Progress) -
                 store.index.add_pack(name, checked.size, whole)
 
 
-def _check_pack(name: ObjectId, path: Path, quick: bool, task: Task) -> _Checked:
+def _check_pack(store: Store, name: ObjectId, path: Path, quick: bool, task: Task) -> _Checked:
     """Read a pack whole (or, with `quick`, its structure); raises NotFound if it is gone."""
     content = read_pack(path)
     problem = content.problem.message if content.problem else None
@@ -153,7 +154,7 @@ def _check_pack(name: ObjectId, path: Path, quick: bool, task: Task) -> _Checked
                     if quick:
                         check_entry(entry, os.pread(file.fileno(), HEADER_BYTES, entry.offset))
                         continue
-                    verify_frame(path, entry)
+                    verify_frame(store, path, entry)
                 except LlmosError as exc:
                     failures[entry.id] = exc.message
                 if not content.problem:

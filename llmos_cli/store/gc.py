@@ -19,18 +19,17 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.pack import Entry
 from llmos_cli.progress import Progress
 from llmos_cli.store import durable
+from llmos_cli.store.frames import read_frame, verify_frame
 from llmos_cli.store.handle import Store
 from llmos_cli.store.leases import hold, hold_alone, live_leases
 from llmos_cli.store.packs import (
     PackWriter,
     find_holder,
     list_packs,
-    read_frame,
     read_pack,
     reread_packs,
     restore_pack,
     sync_index,
-    verify_frame,
 )
 from llmos_cli.store.reach import find_roots, reachable
 
@@ -240,7 +239,7 @@ def _restore_needed(store: Store, ready: set[ObjectId]) -> int:
 def _has_whole_copy(store: Store, oid: ObjectId) -> bool:
     for location in store.index.locate(oid):
         with contextlib.suppress(Damaged, FileNotFoundError):
-            verify_frame(store.pack_path(location.pack), location.entry)
+            verify_frame(store, store.pack_path(location.pack), location.entry)
             return location.entry.id == oid
     return False
 

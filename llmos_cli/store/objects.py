@@ -8,46 +8,38 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Final, TypeVar
+from pathlib import Path
+from typing import Final
 
 from llmos_cli.errors import Damaged, NotFound, UnknownVersion
-from llmos_cli.formats.frame import Frame, check_id, decode_payload
-from llmos_cli.formats.ids import ObjectId
+from llmos_cli.formats import limits
+from llmos_cli.formats.frame import plain_limit
+from llmos_cli.formats.ids import ObjectId, object_id
 from llmos_cli.formats.manifest import Chunk, FileEntry, Manifest, decode_manifest
+from llmos_cli.formats.pack import Entry
+from llmos_cli.store.frames import decode_frame, read_frame, room
 from llmos_cli.store.handle import Store
 from llmos_cli.store.index import Location
-from llmos_cli.store.packs import find_in_packs, read_frame, read_pack, restore_from_trash, sync_index
+from llmos_cli.store.packs import find_in_packs, read_pack, restore_from_trash, sync_index
 
 _CACHED_CHUNKS: Final = 8
 _FSCK: Final = "see what it affects: llmos fsck"
 
-T = TypeVar("T")
-
 
 def read_object(store: Store, oid: ObjectId, *, verify_id: bool = False) -> bytes:
     """An object's plain bytes. Raises Damaged naming the object if it is missing or broken."""
-
-    def use(frame: Frame, payload: memoryview) -> bytes:
-        out = bytearray(frame.plain_size)
-        decode_payload(frame, payload, memoryview(out))
-        if verify_id:
-            check_id(frame, out)
-        return bytes(out)
-
-    return _find(store, oid, use)
+    return bytes(_read(store, oid, lambda entry: memoryview(bytearray(entry.plain_size)), verify_id=verify_id))
 
 
 def read_object_into(store: Store, oid: ObjectId, out: memoryview, *, verify_id: bool = False) -> None:
     """Fill `out` with an object's plain bytes; `out` must have exactly its size."""
 
-    def use(frame: Frame, payload: memoryview) -> None:
-        if frame.plain_size != len(out):
-            raise _WrongSize(f"object {oid.short} has {frame.plain_size} bytes, {len(out)} were expected")
-        decode_payload(frame, payload, out)
-        if verify_id:
-            check_id(frame, out)
+    def given(entry: Entry) -> memoryview:
+        if entry.plain_size != len(out):
+            raise _WrongSize(f"object {oid.short} has {entry.plain_size} bytes, {len(out)} were expected")
+        return out
 
-    _find(store, oid, use)
+    _read(store, oid, given, verify_id=verify_id)
 
 
 def read_manifest(store: Store, oid: ObjectId) -> Manifest:
@@ -125,8 +117,20 @@ class _WrongSize(Damaged):
     """Whoever asked is wrong, not the object."""
 
 
-def _find(store: Store, oid: ObjectId, use: Callable[[Frame, memoryview], T]) -> T:
-    """Look for an object where the index says, then ever further, until some copy of it can be used."""
+class _NoBase(Damaged):
+    """A delta's base cannot be had: the delta itself may be whole."""
+
+
+def _read(
+    store: Store,
+    oid: ObjectId,
+    out_for: Callable[[Entry], memoryview],
+    *,
+    verify_id: bool = False,
+    below: int = limits.DELTA_DEPTH + 1,
+) -> memoryview:
+    """Look for an object where the index says, then ever further, until some copy of it can be decoded into the memory
+    that `out_for` gives. Copies of depth `below` or deeper do not count."""
     problem: Damaged | None = None
     damaged = False
     for search in (None, _in_new_packs, restore_from_trash, find_in_packs):
@@ -135,20 +139,43 @@ def _find(store: Store, oid: ObjectId, use: Callable[[Frame, memoryview], T]) ->
         if search:
             search(store, oid)
         for location in store.index.locate(oid):
+            entry, path = location.entry, store.pack_path(location.pack)
+            if entry.depth >= below:
+                continue
             try:
-                frame, payload = read_frame(store.pack_path(location.pack), location.entry)
-                if frame.id != oid:
-                    raise Damaged(f"object {oid.short} is not where the index says")
-                return use(frame, payload)
+                if entry.plain_size > plain_limit(entry.kind):
+                    raise Damaged(f"object {oid.short}: its index line is outside the declared limits")
+                out = _asked_for(path, entry, out_for)
+                decode_frame(path, entry, out, lambda delta: _base(store, delta))
+                if verify_id and object_id(out) != oid:
+                    raise Damaged(f"object {oid.short} does not have the bytes its id names")
+                return out
             except FileNotFoundError:
                 continue
             except (UnknownVersion, _WrongSize):
                 raise
+            except _NoBase as exc:
+                problem = exc
             except Damaged as exc:
                 problem = exc
                 problem.hint = problem.hint or _FSCK
                 damaged = _is_damaged(store, location) or damaged
     raise problem or Damaged(f"object {oid.short} is missing from the store", hint=_FSCK)
+
+
+def _asked_for(path: Path, entry: Entry, out_for: Callable[[Entry], memoryview]) -> memoryview:
+    try:
+        return out_for(entry)
+    except _WrongSize:
+        read_frame(path, entry)  # unless it is the index that is wrong
+        raise
+
+
+def _base(store: Store, delta: Entry) -> memoryview:
+    try:
+        return _read(store, delta.base, room, below=delta.depth)
+    except Damaged as exc:
+        raise _NoBase(f"object {delta.id.short} rests on another: {exc.message}", hint=exc.hint) from exc
 
 
 def _in_new_packs(store: Store, oid: ObjectId) -> None:

@@ -2,15 +2,14 @@
 
 import contextlib
 import os
-import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from llmos_cli.errors import AccessDenied, Damaged, LlmosError, NotFound, UnknownVersion, from_os_error
-from llmos_cli.formats import codec, limits
-from llmos_cli.formats.frame import HEADER_BYTES, Frame, check_id, decode_header, decode_payload, plain_limit
+from llmos_cli.formats import limits
+from llmos_cli.formats.frame import HEADER_BYTES, Frame, check_id, check_payload, decode_header, decode_payload
 from llmos_cli.formats.ids import Buffer, IdHasher, ObjectId, parse_id
 from llmos_cli.formats.layout import PACK_SUFFIX
 from llmos_cli.formats.pack import (
@@ -18,7 +17,6 @@ from llmos_cli.formats.pack import (
     HEADER_SIZE,
     Entry,
     aligned,
-    check_entry,
     entry_of,
     pack_end,
     pack_header,
@@ -26,10 +24,10 @@ from llmos_cli.formats.pack import (
     read_index,
 )
 from llmos_cli.store import durable
+from llmos_cli.store.frames import read_frame
 from llmos_cli.store.handle import Store
 
 _TRIES: Final = 4  # a gc may move a pack again and again while we look for it
-_scratch = threading.local()
 
 
 class PackWriter:
@@ -118,47 +116,6 @@ def install_pack(store: Store, temp: Path, name: ObjectId, size: int, entries: S
     return name
 
 
-def read_frame(path: Path, entry: Entry) -> tuple[Frame, memoryview]:
-    """Read a frame's header and payload; the memory is this thread's scratch, valid until its next read.
-
-    Raises FileNotFoundError if the pack is gone, Damaged if it does not hold the entry there.
-    """
-    if entry.payload_size > plain_limit(entry.kind):
-        raise Damaged(f"object {entry.id.short}: its index line is outside the declared limits")
-    size = HEADER_BYTES + entry.payload_size
-    buffer = scratch(size)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            got = 0
-            while got < size:
-                count = os.preadv(fd, [buffer[got:]], entry.offset + got)
-                if count == 0:
-                    raise Damaged(f"object {entry.id.short}: pack {path.name} is cut short")
-                got += count
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        raise
-    except OSError as exc:
-        raise from_os_error(exc, f"reading object {entry.id.short} at byte {entry.offset} of {path}") from exc
-    try:
-        return check_entry(entry, buffer[:HEADER_BYTES]), buffer[HEADER_BYTES:]
-    except Damaged as exc:
-        raise type(exc)(f"object {entry.id.short}: {exc.message}", hint=exc.hint) from exc
-
-
-def scratch(size: int) -> memoryview:
-    """Memory of this thread, reused from call to call: fresh pages for every chunk would cost more than decoding it."""
-    usual = limits.CHUNK_BYTES + HEADER_BYTES
-    if size > usual:  # a big manifest; not worth keeping
-        return memoryview(bytearray(size))
-    buffer: bytearray | None = getattr(_scratch, "buffer", None)
-    if buffer is None:
-        buffer = _scratch.buffer = bytearray(aligned(usual))
-    return memoryview(buffer)[:size]
-
-
 def read_pack_index(path: Path) -> tuple[int, tuple[Entry, ...]]:
     """A pack's size and index, from the file alone; raises Damaged naming the pack, NotFound if it is gone."""
     try:
@@ -204,28 +161,34 @@ def read_pack(path: Path) -> PackContent:
 
 
 def _salvage(path: Path, fd: int, size: int) -> Iterator[Entry]:
-    """The frames that stand in a damaged pack, by their own headers. Each is proven by its id: bytes inside a payload
-    may look like a frame."""
-    at = HEADER_SIZE
+    """The frames that stand in a damaged pack, by their own headers. Bytes inside a payload may look like a frame, so
+    each is proven by its id; a delta, which cannot be without its base, only counts where a frame must begin."""
+    at, in_step = HEADER_SIZE, True
     while at + HEADER_BYTES <= size:
         try:
             entry = entry_of(decode_header(os.pread(fd, HEADER_BYTES, at)), at)
-            verify_frame(path, entry)
         except Damaged:
-            at += ALIGNMENT
+            at, in_step = at + ALIGNMENT, False
             continue
-        yield entry
-        at = aligned(entry.end)
+        whole = _stands(path, entry, in_step)
+        if whole:
+            yield entry
+        in_step = in_step or whole
+        at = aligned(entry.end) if in_step else at + ALIGNMENT
 
 
-def verify_frame(path: Path, entry: Entry) -> None:
-    """Prove that a pack holds an object at an index line, by its id. Raises Damaged, or FileNotFoundError."""
-    frame, payload = read_frame(path, entry)
-    if frame.codec == codec.DELTA:
-        raise Damaged(f"object {frame.id.short} is a delta, which this version cannot check")
-    plain = bytearray(frame.plain_size)
-    decode_payload(frame, payload, memoryview(plain))
-    check_id(frame, plain)
+def _stands(path: Path, entry: Entry, in_step: bool) -> bool:
+    try:
+        frame, payload = read_frame(path, entry)
+        check_payload(frame, payload)
+        if entry.depth:
+            return in_step
+        plain = memoryview(bytearray(frame.plain_size))
+        decode_payload(frame, payload, plain)
+        check_id(frame, plain)
+    except (Damaged, FileNotFoundError):
+        return False
+    return True
 
 
 def list_packs(folder: Path) -> dict[ObjectId, Path]:
