@@ -23,7 +23,7 @@ from llmos_cli.formats.ids import ID_BYTES, ObjectId
 from llmos_cli.formats.pack import Entry
 from llmos_cli.store import durable
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _SCHEMA = """
 CREATE TABLE packs (number INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE, size INTEGER NOT NULL);
 CREATE TABLE objects (
@@ -35,6 +35,7 @@ CREATE INDEX objects_by_pack ON objects (pack);
 CREATE INDEX manifests_by_id ON objects (id) WHERE kind = 2;
 CREATE TABLE recipes (manifest BLOB PRIMARY KEY, recipe BLOB) WITHOUT ROWID;
 CREATE INDEX recipes_by_key ON recipes (recipe);
+CREATE TABLE facts (kind TEXT, key BLOB, value BLOB NOT NULL, PRIMARY KEY (kind, key)) WITHOUT ROWID;
 """
 _ROW = "o.id, o.base, o.offset, o.payload, o.plain, o.kind, o.codec, o.depth"
 _COMPLETE: Final = 0x6C6C6D6F  # application_id of an index that has been filled once
@@ -233,6 +234,23 @@ class Index:
         with self._cursor() as cursor:
             rows = cursor.execute("SELECT manifest FROM recipes WHERE recipe = ? ORDER BY manifest", (recipe,))
             return [_id(row[0]) for row in rows]
+
+    @_healing
+    def facts(self, kind: str, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+        """What was noted under `kind` for these keys: derived values that save work, and can be derived again."""
+        with self._cursor() as cursor:
+            found = {}
+            for key in keys:
+                row = cursor.execute("SELECT value FROM facts WHERE kind = ? AND key = ?", (kind, key)).fetchone()
+                if row is not None and isinstance(row[0], bytes):
+                    found[key] = row[0]
+            return found
+
+    @_healing
+    def add_facts(self, kind: str, rows: Iterable[tuple[bytes, bytes]]) -> None:
+        """Note values under keys, in place of what was there."""
+        with self._cursor(write=True) as cursor:
+            cursor.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", [(kind, *row) for row in rows])
 
     @_healing
     def _mark(self) -> None:
