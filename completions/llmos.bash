@@ -8,7 +8,7 @@ _llmos_spec() {
         "")
             opts=(--store --json --quiet -q --verbose -v --version --help -h)
             valued=(--store)
-            verbs=(init add checkout ls show log tag rm du gc fsck push pull clone shard train eval quantize serve generate doctor completion demo remote)
+            verbs=(init add checkout ls show log diff tag rm du gc fsck push pull clone shard train eval quantize serve generate doctor completion demo remote)
             ;;
         "init")
             opts=(--store --json --quiet -q --verbose -v --help -h)
@@ -16,8 +16,8 @@ _llmos_spec() {
             places=(dirs)
             ;;
         "add")
-            opts=(--dry-run --store --json --quiet -q --verbose -v --help -h)
-            valued=(--store)
+            opts=(--base --rehash --dry-run --store --json --quiet -q --verbose -v --help -h)
+            valued=(--base --store)
             places=(files)
             rest="files refs"
             ;;
@@ -32,7 +32,7 @@ _llmos_spec() {
             places=("")
             ;;
         "show")
-            opts=(--files --store --json --quiet -q --verbose -v --help -h)
+            opts=(--files --tensors --sha256 --store --json --quiet -q --verbose -v --help -h)
             valued=(--store)
             places=(refs)
             ;;
@@ -40,6 +40,11 @@ _llmos_spec() {
             opts=(--store --json --quiet -q --verbose -v --help -h)
             valued=(--store)
             places=(refs)
+            ;;
+        "diff")
+            opts=(--all --exit-code --store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(refs refs)
             ;;
         "tag")
             opts=(--force --store --json --quiet -q --verbose -v --help -h)
@@ -152,9 +157,9 @@ _llmos_spec() {
 _llmos_value() {
     kind=
     case "$1 $2" in
-        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store") kind=dirs ;;
+        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store") kind=dirs ;;
+        "add --base" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data") kind=refs ;;
         "shard --tokenizer") kind="refs dirs" ;;
-        "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data") kind=refs ;;
         "train --config") kind=files ;;
         "train --precision") kind="words fp32 bf16" ;;
     esac

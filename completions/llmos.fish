@@ -80,6 +80,7 @@ complete -c llmos -n __llmos_at -a checkout -d 'Write an object\'s files into a 
 complete -c llmos -n __llmos_at -a ls -d 'List what the store holds, by name.'
 complete -c llmos -n __llmos_at -a show -d 'Show an object: kind, size, tensors, how it was made, its files.'
 complete -c llmos -n __llmos_at -a log -d 'Show a ref\'s history and the tree of what it was made from.'
+complete -c llmos -n __llmos_at -a diff -d 'Compare two objects: tensors, files, settings, how they were made.'
 complete -c llmos -n __llmos_at -a tag -d 'Point another ref to an object; nothing is copied.'
 complete -c llmos -n __llmos_at -a rm -d 'Remove refs. Their objects stay until \'llmos gc\'.'
 complete -c llmos -n __llmos_at -a du -d 'Show what refs amount to and what they take on disk.'
@@ -115,6 +116,8 @@ complete -c llmos -n '__llmos_at init' -l help -s h -d 'Show help and exit.'
 
 # llmos add
 complete -c llmos -n '__llmos_at add' -F -a '(__llmos_refs)'
+complete -c llmos -n '__llmos_at add' -l base -r -f -a '(__llmos_refs)' -d 'The model these weights came from.  [default: found by itself]'
+complete -c llmos -n '__llmos_at add' -l rehash -d 'Read files again that seem untouched.'
 complete -c llmos -n '__llmos_at add' -l dry-run -d 'Only say what would be added.'
 complete -c llmos -n '__llmos_at add' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at add' -l json -d 'One JSON object on stdout.'
@@ -142,6 +145,8 @@ complete -c llmos -n '__llmos_at ls' -l help -s h -d 'Show help and exit.'
 # llmos show
 complete -c llmos -n '__llmos_at show' -f -a '(__llmos_refs)'
 complete -c llmos -n '__llmos_at show' -l files -d 'List every file.'
+complete -c llmos -n '__llmos_at show' -l tensors -d 'List every tensor: dtype, shape, bytes, and as stored.'
+complete -c llmos -n '__llmos_at show' -l sha256 -d 'List the SHA-256 of every file, as sha256sum does.'
 complete -c llmos -n '__llmos_at show' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at show' -l json -d 'One JSON object on stdout.'
 complete -c llmos -n '__llmos_at show' -l quiet -s q -d 'No messages, no progress.'
@@ -155,6 +160,16 @@ complete -c llmos -n '__llmos_at log' -l json -d 'One JSON object on stdout.'
 complete -c llmos -n '__llmos_at log' -l quiet -s q -d 'No messages, no progress.'
 complete -c llmos -n '__llmos_at log' -l verbose -s v -d 'More about what happens.'
 complete -c llmos -n '__llmos_at log' -l help -s h -d 'Show help and exit.'
+
+# llmos diff
+complete -c llmos -n '__llmos_at diff' -f -a '(__llmos_refs)'
+complete -c llmos -n '__llmos_at diff' -l all -d 'List all that differs, not only a screenful.'
+complete -c llmos -n '__llmos_at diff' -l exit-code -d 'Exit with 1 if they differ.'
+complete -c llmos -n '__llmos_at diff' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
+complete -c llmos -n '__llmos_at diff' -l json -d 'One JSON object on stdout.'
+complete -c llmos -n '__llmos_at diff' -l quiet -s q -d 'No messages, no progress.'
+complete -c llmos -n '__llmos_at diff' -l verbose -s v -d 'More about what happens.'
+complete -c llmos -n '__llmos_at diff' -l help -s h -d 'Show help and exit.'
 
 # llmos tag
 complete -c llmos -n '__llmos_at tag' -f -a '(__llmos_refs)'

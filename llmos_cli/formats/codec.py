@@ -1,14 +1,18 @@
-"""Lossless codecs of a chunk: raw, zstd, planes. The one place that compresses.
+"""Lossless codecs of a chunk: raw, zstd, planes, delta. The one place that compresses.
 
 `planes` is for tensors: the words of a chunk are split into byte planes, so that the bytes that repeat (the exponents
 of floats) stand together; a float's word is first rotated left by one, which moves the sign out of the exponent's
 byte (the same trick as ZipNN, arXiv:2411.05239, and DFloat11, arXiv:2504.11651). Each plane is stored raw or as a
 zstd frame that is little more than a Huffman coder: no preset level is as small or as fast on exponents.
 
+`delta` is planes of the differences to a base chunk (delta.py makes them). Where its words are grouped, a zstd block
+ends with every group, so that each has a Huffman table of its own.
+
 Decoding never trusts a size: what a zstd frame declares is compared with what the frame header promises before
 anything is allocated (python-zstandard ignores `max_output_size` when the frame declares its own).
 """
 
+import itertools
 import struct
 import threading
 from collections.abc import Sequence
@@ -31,6 +35,8 @@ _PLANE = struct.Struct("<B3xI")  # method (0 raw, 1 zstd), stored bytes
 _WORTH: Final = 0.97  # a codec must save 3 % to be used
 _MIN_BYTES: Final = 64  # below this nothing is tried
 _PROBE_BYTES: Final = 16 * limits.KiB
+_STRUCTURED: Final = 0.6  # floats that planes make smaller than this hold few values, or many zeros: zstd may see more
+_GROUP_BYTES: Final = 4 * limits.KiB  # of a plane: smaller groups are not worth a Huffman table
 _HUFFMAN = {"window_log": 19, "hash_log": 6, "min_match": 7, "target_length": 0}
 
 
@@ -85,13 +91,32 @@ def encode(plain: memoryview, words: Words, room: memoryview | None = None) -> E
     if words.width > 1 and not words.is_float and not _planes_beat_zstd(plain, words):
         return _zstd_or(raw, plain)
     candidate = _planes(plain, words, room)
+    if words.is_float and candidate.size < _STRUCTURED * len(plain) and not _planes_beat_zstd(plain, words):
+        candidate = min(candidate, _zstd_or(raw, plain), key=lambda encoded: encoded.size)
     return candidate if candidate.size < _WORTH * len(plain) else raw
+
+
+def encode_delta(plain: memoryview, base: Buffer, words: Words, room: memoryview | None = None) -> Encoded:
+    """`plain` as its difference to `base`, whatever that comes to: whether it pays is for the caller to compare.
+
+    The base may be shorter or longer. Parts and `room` are as for `encode`.
+    """
+    from llmos_cli.formats.delta import subtract
+
+    width = words.width or 1
+    whole = len(plain) // width * width
+    grouped = words.is_float and width > 1
+    planes, ends = subtract(plain[:whole], base, width, grouped, room or memoryview(bytearray(whole)))
+    return _packed(DELTA, width, grouped, planes, plain[whole:], _cuts(ends))
 
 
 def decode(
     codec: int, width: int, rotated: bool, payload: memoryview, out: memoryview, base: memoryview | None = None
 ) -> None:
-    """Fill `out`, whose length is the promised plain size, from a payload; raises Damaged unless they fit exactly."""
+    """Fill `out`, whose length is the promised plain size, from a payload; raises Damaged unless they fit exactly.
+
+    A delta needs `base`, the plain bytes of its base, which `out` does not overlap.
+    """
     if codec == RAW:
         if len(payload) != len(out):
             raise Damaged(f"a raw payload has {len(payload)} bytes, its frame promises {len(out)}")
@@ -99,7 +124,17 @@ def decode(
     elif codec == ZSTD:
         out[:] = _decompress(payload, len(out))
     elif codec == PLANES:
-        _join_planes(width, rotated, payload, out)
+        from llmos_cli.formats.planes import merge
+
+        planes, whole = _unpacked(width, rotated, payload, out)
+        merge(planes, rotated, whole)
+    elif codec == DELTA:
+        from llmos_cli.formats.delta import add
+
+        if base is None:
+            raise ValueError("a delta cannot be read without its base")
+        planes, whole = _unpacked(width, rotated, payload, out)
+        add(planes, base, rotated, whole)
     else:
         raise UnknownVersion(f"codec {codec} is unknown", hint="use a newer llmos")
 
@@ -124,29 +159,61 @@ def _planes(plain: memoryview, words: Words, room: memoryview | None = None) -> 
 
     whole = len(plain) // words.width * words.width
     rotated = words.is_float and words.width > 1
+    planes = split(plain[:whole], words.width, rotated, room or memoryview(bytearray(whole)))
+    return _packed(PLANES, words.width, rotated, planes, plain[whole:])
+
+
+def _packed(
+    codec: int, width: int, rotated: bool, planes: Sequence[memoryview], tail: memoryview, cuts: Sequence[int] = ()
+) -> Encoded:
     table: list[Buffer] = []
     parts: list[Buffer] = []
-    for plane in split(plain[:whole], words.width, rotated, room or memoryview(bytearray(whole))):
-        packed = _pack_plane(plane)
+    for plane in planes:
+        packed = _pack_plane(plane, cuts)
         table.append(_PLANE.pack(packed is not None, len(plane) if packed is None else len(packed)))
         parts.append(plane if packed is None else packed)
-    return Encoded(PLANES, words.width, rotated, (b"".join(table), *parts, plain[whole:]))
+    return Encoded(codec, width, rotated, (b"".join(table), *parts, tail))
 
 
-def _pack_plane(plane: memoryview) -> bytes | None:
-    if len(plane) > 2 * _PROBE_BYTES:
-        middle = len(plane) // 2
-        sample = plane[middle : middle + _PROBE_BYTES]
-        if len(_contexts.huffman.compress(sample)) > _WORTH * len(sample):
-            return None
-    packed = _contexts.huffman.compress(plane)
+def _cuts(ends: Sequence[int]) -> list[int]:
+    """Where zstd blocks end, so that none holds parts of two large groups; not the last one's end."""
+    cuts, start, last = [], 0, ends[-1] if ends else 0
+    for end in ends:
+        if end - start >= _GROUP_BYTES <= last - end:
+            cuts.append(end)
+            start = end
+    return cuts
+
+
+def _pack_plane(plane: memoryview, cuts: Sequence[int]) -> bytes | None:
+    """One zstd frame, or None if that is not worth it."""
+    huffman = _contexts.huffman
+    if len(plane) > 2 * _PROBE_BYTES and all(
+        len(huffman.compress(sample)) > _WORTH * len(sample) for sample in _samples(plane, bool(cuts))
+    ):
+        return None
+    if cuts:
+        packer = huffman.compressobj(size=len(plane))
+        pieces = []
+        for start, end in itertools.pairwise((0, *cuts)):
+            pieces += [packer.compress(plane[start:end]), packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+        packed = b"".join((*pieces, packer.compress(plane[cuts[-1] :]), packer.flush()))
+    else:
+        packed = huffman.compress(plane)
     return packed if len(packed) < _WORTH * len(plane) else None
 
 
-def _join_planes(width: int, rotated: bool, payload: memoryview, out: memoryview) -> None:
-    from llmos_cli.formats.planes import WIDTHS, merge
+def _samples(plane: memoryview, grouped: bool) -> list[memoryview]:
+    """One from the middle; of groups, which differ, from four places."""
+    eighths, size = ((1, 3, 5, 7), _PROBE_BYTES // 2) if grouped else ((4,), _PROBE_BYTES)
+    return [plane[len(plane) * place // 8 :][:size] for place in eighths]
 
-    if width not in WIDTHS or (rotated and width == 1):
+
+def _unpacked(width: int, rotated: bool, payload: memoryview, out: memoryview) -> tuple[Sequence[Buffer], memoryview]:
+    """The planes of a payload, one byte of every whole word of `out`, and these words; the tail is put in its place."""
+    from llmos_cli.formats.planes import WORD_TYPES
+
+    if width not in WORD_TYPES or (rotated and width == 1):
         raise Damaged(f"planes of width {width} are unknown")
     count = len(out) // width
     tail = len(out) - count * width
@@ -165,8 +232,8 @@ def _join_planes(width: int, rotated: bool, payload: memoryview, out: memoryview
         planes.append(_decompress(data, count) if method else data)
     if len(payload) != at + tail:
         raise Damaged("a planes payload has bytes after its last plane")
-    merge(planes, rotated, out[: count * width])
     out[count * width :] = payload[at:]
+    return planes, out[: count * width]
 
 
 def _decompress(data: memoryview, size: int) -> bytes:

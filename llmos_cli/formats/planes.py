@@ -7,74 +7,66 @@ machine's own, which is little-endian wherever torch runs.
 
 import threading
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from llmos_cli.formats.ids import Buffer
 
-_WORDS: Final[dict[int, type[np.unsignedinteger]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-WIDTHS: Final = tuple(_WORDS)
+WORD_TYPES: Final[dict[int, type[np.unsignedinteger]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
+Array = npt.NDArray[np.unsignedinteger]
 
 _scratch = threading.local()
 
 
 def split(plain: memoryview, width: int, rotated: bool, room: memoryview) -> list[memoryview]:
-    """The planes of a run of whole words, as views of `room`, which is as long as `plain`.
+    """The planes of a run of whole words, as views of `room`, which is as long; a single plane is `plain` itself."""
+    return [plain] if width == 1 else split_words(np.frombuffer(plain, WORD_TYPES[width]), rotated, room)
+
+
+def split_words(words: Array, rotated: bool, room: memoryview) -> list[memoryview]:
+    """The planes of words, as views of `room`.
 
     Shift-and-narrow is twice as fast as a strided copy, and memory that is used again twice as fast as fresh memory.
     """
-    if width == 1:
-        return [plain]
-    words = np.frombuffer(plain, _WORDS[width])
-    count, bits, kind = len(words), 8 * width, words.dtype.type
-    shifted = _temporary("shifted", words.dtype, count)
-    planes = []
-    for plane in range(width):
-        view = room[plane * count : (plane + 1) * count]
-        shift = bits - 8 * (plane + 1) - rotated
-        if shift >= 0:
-            np.right_shift(words, kind(shift), out=shifted)
-        else:  # the lowest plane of a rotated word: its last bit is the sign
-            sign = _temporary("sign", words.dtype, count)
-            np.left_shift(words, kind(1), out=shifted)
-            np.right_shift(words, kind(bits - 1), out=sign)
-            np.bitwise_or(shifted, sign, out=shifted)
-        np.copyto(np.frombuffer(view, np.uint8), shifted, casting="unsafe")
-        planes.append(view)
+    width, count, kind = words.itemsize, len(words), words.dtype.type
+    planes = [room[plane * count : (plane + 1) * count] for plane in range(width)]
+    left = scratch("left", words.dtype, count)
+    if rotated:
+        sign = scratch("sign", words.dtype, count)
+        np.left_shift(words, kind(1), out=left)
+        np.right_shift(words, kind(8 * width - 1), out=sign)
+        np.bitwise_or(left, sign, out=left)
+        words = left
+    for number, plane in enumerate(reversed(planes)):
+        if number:
+            words = np.right_shift(words, kind(8), out=left)
+        np.copyto(np.frombuffer(plane, np.uint8), words, casting="unsafe")
     return planes
 
 
 def merge(planes: Sequence[Buffer], rotated: bool, out: memoryview) -> None:
     """The inverse of `split`, written into `out`."""
     width = len(planes)
-    words = np.frombuffer(out, _WORDS[width])
-    narrow = [np.frombuffer(plane, np.uint8) for plane in planes]
-    if width == 1:
-        words[:] = narrow[0]
-        return
+    words = np.frombuffer(out, WORD_TYPES[width])
     kind = words.dtype.type
-    np.copyto(words, narrow[0])
-    for plane in narrow[1:-1]:
-        words <<= kind(8)
-        words |= plane
-    if not rotated:
-        words <<= kind(8)
-        words |= narrow[-1]
-        return
-    words <<= kind(7)
-    mantissa = _temporary("mantissa", narrow[-1].dtype, len(words))
-    np.right_shift(narrow[-1], np.uint8(1), out=mantissa)
-    words |= mantissa
-    sign = _temporary("sign", words.dtype, len(words))
-    np.copyto(sign, narrow[-1])
-    sign <<= kind(8 * width - 1)
-    words |= sign
+    for number, plane in enumerate(planes):
+        narrow = np.frombuffer(plane, np.uint8)
+        if number:
+            words <<= kind(8)
+            words |= narrow
+        else:
+            np.copyto(words, narrow)
+    if rotated:
+        sign = scratch("sign", words.dtype, len(words))
+        np.left_shift(words, kind(8 * width - 1), out=sign)
+        words >>= kind(1)
+        words |= sign
 
 
-def _temporary(name: str, dtype: np.dtype[np.unsignedinteger], count: int) -> npt.NDArray[np.unsignedinteger]:
+def scratch(name: str, dtype: np.dtype[Any], count: int) -> Array:
     """Memory of this thread, kept from call to call: fresh pages cost as much as the shifts."""
     kept: bytearray | None = getattr(_scratch, name, None)
     size = count * dtype.itemsize

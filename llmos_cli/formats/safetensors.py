@@ -43,8 +43,8 @@ class TensorInfo:
 
 
 def words_of(dtype: str) -> Words:
-    """How a codec should read a tensor's bytes."""
-    bits = DTYPE_BITS[dtype]
+    """How a codec should read a tensor's bytes; packed blocks of other formats ("Q4_K") are bytes to it."""
+    bits = DTYPE_BITS.get(dtype, 8)
     return Words(bits // 8, dtype in _FLOATS) if bits >= 8 and bits & (bits - 1) == 0 else OPAQUE
 
 
@@ -143,9 +143,13 @@ def read_shard_index(data: bytes, what: str) -> dict[str, str]:
 
 def check_tensor_name(name: str, what: str) -> str:
     """A tensor's name must be printable and must not look like a path; raises Unsafe."""
-    if not name or not name.isprintable() or "\\" in name or name.startswith("/") or ".." in name.split("/"):
+    if not is_tensor_name(name):
         raise Unsafe(f"{what} has a tensor with the unsafe name {name[:200]!r}")
     return name
+
+
+def is_tensor_name(name: str) -> bool:
+    return bool(name) and name.isprintable() and "\\" not in name and name[0] != "/" and ".." not in name.split("/")
 
 
 def _tensor(name: str, value: canonical.Json, begin: int, what: str) -> TensorInfo:

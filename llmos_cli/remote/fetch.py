@@ -3,6 +3,8 @@
 A remote may be broken or hostile, and the index of a pack may lie. Every frame is compared with its index line, its
 checksum, its decoded size and the BLAKE3 id of its plain bytes; a manifest must also read as one. A pack is written
 anew from its proven frames, so a pack taken as a whole has its name only if every byte of it was what it should be.
+A delta is proven on its base, which is taken from the store (bases are fetched before what rests on them) or, if it is
+not there yet, from the remote.
 """
 
 import os
@@ -21,10 +23,10 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest, decode_manifest
 from llmos_cli.formats.pack import Entry, aligned, check_entry
 from llmos_cli.progress import Task
-from llmos_cli.remote.catalog import Place, RemotePack
+from llmos_cli.remote.catalog import Catalog, Place, RemotePack
 from llmos_cli.remote.parallel import in_order
 from llmos_cli.remote.transport import Transport
-from llmos_cli.store.frames import scratch
+from llmos_cli.store.frames import BaseReader, indexed_base, scratch
 from llmos_cli.store.handle import Store
 from llmos_cli.store.packs import PackWriter
 
@@ -46,6 +48,10 @@ class Fetch:
     @property
     def size(self) -> int:
         return sum(entry.stored_size for entry in self.entries)
+
+    @property
+    def depth(self) -> int:
+        return max(entry.depth for entry in self.entries)
 
 
 class BadPack(Exception):
@@ -78,31 +84,48 @@ class Proven:
 
 def fetch_manifest(transport: Transport, place: Place) -> Manifest:
     """A manifest, proven by its id; raises BadPack."""
-    proven = prove_object(transport, place)
+    proven = prove_object(transport, place, _no_base)
     plain = bytearray(proven.frame.plain_size)
     decode_payload(proven.frame, proven.payload, memoryview(plain))
     return decode_manifest(bytes(plain))
 
 
-def prove_object(transport: Transport, place: Place) -> Proven:
+def prove_object(transport: Transport, place: Place, base_of: BaseReader) -> Proven:
     """Read one object where it lies and prove it; raises BadPack."""
     span = _Span(Fetch(place.pack, (place.entry,), False), (place.entry,), True)
-    return _prove_span(transport, span)[1][0]
+    return _prove_span(transport, base_of, span)[1][0]
 
 
 def fetch(
-    store: Store, transport: Transport, fetches: Sequence[Fetch], installed: dict[ObjectId, int], task: Task
+    store: Store,
+    transport: Transport,
+    fetches: Sequence[Fetch],
+    catalog: Catalog,
+    installed: dict[ObjectId, int],
+    task: Task,
 ) -> None:
     """Take packs and frames into the store; the packs it grows by are noted in `installed` with their sizes.
 
     Raises BadPack at the first thing that proves wrong; what was proven by then is kept, so that a next try asks for
     less.
     """
+    base_of = partial(_base, store, transport, catalog)
+    for depth in sorted({item.depth for item in fetches}):
+        _fetch(store, transport, [item for item in fetches if item.depth == depth], base_of, installed, task)
+
+
+def _fetch(
+    store: Store,
+    transport: Transport,
+    fetches: Sequence[Fetch],
+    base_of: BaseReader,
+    installed: dict[ObjectId, int],
+    task: Task,
+) -> None:
     installer = _Installer(store, transport, installed)
+    prove = partial(_prove_span, transport, base_of)
     try:
-        spans = in_order(
-            partial(_prove_span, transport), _spans(fetches), workers=_WORKERS, limit=_READ_AHEAD_BYTES, weigh=_weigh
-        )
+        spans = in_order(prove, _spans(fetches), workers=_WORKERS, limit=_READ_AHEAD_BYTES, weigh=_weigh)
         with closing(spans) as proven:
             for span, frames in proven:
                 installer.take(span, frames)
@@ -186,7 +209,7 @@ def _weigh(span: _Span) -> int:
     return span.entries[-1].end - span.entries[0].offset
 
 
-def _prove_span(transport: Transport, span: _Span) -> tuple[_Span, list[Proven]]:
+def _prove_span(transport: Transport, base_of: BaseReader, span: _Span) -> tuple[_Span, list[Proven]]:
     pack, start = span.fetch.pack, span.entries[0].offset
     try:
         data = memoryview(transport.read(pack.key, start, span.entries[-1].end))
@@ -195,14 +218,14 @@ def _prove_span(transport: Transport, span: _Span) -> tuple[_Span, list[Proven]]
     proven = []
     for entry in span.entries:
         try:
-            proven.append(_prove(entry, data[entry.offset - start : entry.end - start]))
+            proven.append(_prove(entry, data[entry.offset - start : entry.end - start], base_of))
         except (Damaged, Unsafe) as exc:
             message = f"{exc.message} ({pack.key} at {transport.url})"
             raise BadPack(pack.name, entry.id, type(exc)(message, hint=exc.hint or _REMEDY)) from exc
     return span, proven
 
 
-def _prove(entry: Entry, data: memoryview) -> Proven:
+def _prove(entry: Entry, data: memoryview, base_of: BaseReader) -> Proven:
     header, payload = data[:HEADER_BYTES], data[HEADER_BYTES:]
     frame = check_entry(entry, header)
     if frame.kind == MANIFEST:
@@ -212,7 +235,33 @@ def _prove(entry: Entry, data: memoryview) -> Proven:
             check_id(frame, plain)
             decode_manifest(bytes(plain))
     else:
+        base = base_of(entry) if entry.depth else None
         out = scratch(frame.plain_size)
-        decode_payload(frame, payload, out)
+        decode_payload(frame, payload, out, base)
         check_id(frame, out)
     return Proven(frame, header, payload)
+
+
+def _base(store: Store, transport: Transport, catalog: Catalog, delta: Entry) -> memoryview:
+    """The base of a delta, from the store or from the remote."""
+    try:
+        return indexed_base(store, delta)
+    except Damaged as exc:
+        problem: Damaged = exc
+    base_of = partial(_base, store, transport, catalog)
+    for place in catalog.places(delta.base):
+        if place.entry.depth < delta.depth:
+            try:
+                proven = prove_object(transport, place, base_of)
+            except BadPack as exc:
+                problem = Damaged(exc.problem.message, hint=exc.problem.hint)
+                continue
+            base = base_of(place.entry) if place.entry.depth else None
+            plain = memoryview(bytearray(proven.frame.plain_size))
+            decode_payload(proven.frame, proven.payload, plain, base)
+            return plain
+    raise problem
+
+
+def _no_base(delta: Entry) -> memoryview:
+    raise Damaged(f"object {delta.id.short} is a delta, which a manifest never is")

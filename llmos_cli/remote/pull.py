@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from llmos_cli.errors import Conflict, Damaged, LlmosError, NoSpace, NotFound
+from llmos_cli.formats import limits
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName
@@ -202,17 +203,21 @@ def _plan_fetches(
         for place in places:
             weight[place.pack.name] += place.entry.stored_size
     chosen: dict[ObjectId, Place] = {}
-    waiting = list(missing)
+    waiting = dict.fromkeys(missing, limits.DELTA_DEPTH + 1)  # and the depth it must be less deep than
     while waiting:
-        oid = waiting.pop()
-        if oid in chosen or (oid not in missing and store.index.has(oid)):
+        oid, below = waiting.popitem()
+        if oid in chosen and chosen[oid].entry.depth < below:
+            continue
+        if oid not in missing and any(copy.entry.depth < below for copy in store.index.locate(oid)):
             continue
         places = missing.get(oid) or _places(transport, catalog, oid, manifest=False)
-        place = chosen[oid] = max(places, key=lambda item: (weight[item.pack.name], item.pack.name))
+        place = chosen[oid] = min(places, key=lambda item: (item.entry.depth, -weight[item.pack.name], item.pack.name))
         if needed.get(oid) not in (None, place.entry.plain_size):
             raise _wrong_size(oid, needed[oid])
+        if place.entry.depth >= below:
+            raise _absent(transport, catalog, oid)
         if place.entry.depth:  # a delta is worth nothing without its base
-            waiting.append(place.entry.base)
+            waiting[place.entry.base] = min(place.entry.depth, waiting.get(place.entry.base, place.entry.depth))
     by_pack: defaultdict[ObjectId, list[Entry]] = defaultdict(list)
     for place in chosen.values():
         by_pack[place.pack.name].append(place.entry)
@@ -241,7 +246,7 @@ def _fetch_all(store: Store, remote: Remote, plan: PullPlan, progress: Progress)
     for _ in range(_TRIES):
         try:
             with progress.task(f"pulling from {remote.label}", total=sum(item.size for item in fetches)) as task:
-                fetch(store, transport, fetches, installed, task)
+                fetch(store, transport, fetches, catalog, installed, task)
             return installed
         except BadPack as exc:
             problem = exc.problem

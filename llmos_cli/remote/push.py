@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from llmos_cli.errors import Conflict, Damaged
+from llmos_cli.formats import limits
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Progress
@@ -94,7 +95,6 @@ def plan_push(store: Store, remote: Remote, refs: Sequence[RefName] | None, *, f
     for item in pushed:
         if item.id not in needed:
             needed.update(objects_of(item.id, read_manifest(store, item.id)))
-    needed |= store.index.bases(needed)
     catalog = read_catalog(store, remote.transport, store.progress) if ready else Catalog({}, {})
     return _plan(store, catalog, pushed, frozenset(needed), initialise=not ready)
 
@@ -159,17 +159,36 @@ def _decide(store: Store, entry: RefEntry, seen: RemoteRef, *, force: bool) -> P
 def _plan(
     store: Store, catalog: Catalog, refs: tuple[PushedRef, ...], needed: frozenset[ObjectId], *, initialise: bool
 ) -> PushPlan:
-    places = [catalog.objects[oid][0] for oid in needed if oid in catalog.objects]
-    missing = needed - catalog.objects.keys()
+    missing, relied_on = _missing(store, catalog, needed)
+    places = [catalog.objects[oid][0] for oid in relied_on]
     return PushPlan(
         refs,
         needed,
-        plan_shipments(store, needed, missing),
+        plan_shipments(store, needed | missing, missing),
         len(places),
         sum(place.entry.stored_size for place in places),
         frozenset(place.pack.name for place in places),
         initialise,
     )
+
+
+def _missing(
+    store: Store, catalog: Catalog, needed: frozenset[ObjectId]
+) -> tuple[frozenset[ObjectId], frozenset[ObjectId]]:
+    """What must be sent, bases of deltas included, and what is relied on there. A base only counts as there if its copy
+    is less deep than the delta: nobody reads a chain the other way."""
+    missing: set[ObjectId] = set()
+    relied_on: set[ObjectId] = set()
+    waiting = [(oid, limits.DELTA_DEPTH + 1) for oid in needed]
+    while waiting:
+        oid, below = waiting.pop()
+        there = [place.entry for place in catalog.places(oid) if place.entry.depth < below]
+        if oid in missing or (oid in relied_on and there):
+            continue
+        (relied_on if there else missing).add(oid)
+        copies = there or [location.entry for location in store.index.locate(oid)[:1]]
+        waiting += [(entry.base, entry.depth) for entry in copies if entry.depth]
+    return frozenset(missing), frozenset(relied_on - missing)
 
 
 def _send_all(store: Store, remote: Remote, plan: PushPlan, sent: dict[ObjectId, int], progress: Progress) -> None:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from llmos_cli.remote.catalog import Place, RemotePack, read_remote_pack
 from llmos_cli.remote.fetch import BadPack, prove_object
 from llmos_cli.remote.parallel import in_order
 from llmos_cli.remote.transport import Transport
-from llmos_cli.store.frames import read_frame
+from llmos_cli.store.frames import indexed_base, read_frame
 from llmos_cli.store.handle import Store
 from llmos_cli.store.packs import PackWriter
 
@@ -87,7 +88,7 @@ def send(
                 pack = _send_fresh(store, transport, FreshPack(tuple((pack.name, e) for e in pack.entries)), task)
         else:
             pack = _send_fresh(store, transport, shipment, task)
-        _confirm(transport, pack)
+        _confirm(store, transport, pack)
         return pack
 
     with closing(in_order(send_one, shipments, workers=_STREAMS, limit=_STREAMS)) as arrived:
@@ -137,7 +138,7 @@ def _read_whole(path: Path, entry: Entry) -> tuple[Frame, memoryview]:
     return frame, payload
 
 
-def _confirm(transport: Transport, pack: RemotePack) -> None:
+def _confirm(store: Store, transport: Transport, pack: RemotePack) -> None:
     """Being told that a pack was stored is no proof: read its size, its index and one object back."""
     problem = RemoteUnavailable(
         f"{transport.url} does not have what it was just sent ({pack_key(pack.name)})",
@@ -148,6 +149,6 @@ def _confirm(transport: Transport, pack: RemotePack) -> None:
     try:
         if read_remote_pack(transport, pack.name, pack.size).entries != pack.entries:
             raise problem
-        prove_object(transport, Place(pack, pack.entries[-1]))
+        prove_object(transport, Place(pack, pack.entries[-1]), partial(indexed_base, store))
     except (Damaged, NotFound, BadPack) as exc:
         raise problem from exc

@@ -8,12 +8,17 @@ from pathlib import Path
 
 from llmos_cli.errors import Damaged, Unsafe, UsageError, from_os_error
 from llmos_cli.formats import limits
+from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName, check_paths
 from llmos_cli.formats.safetensors import read_shard_index
+from llmos_cli.formats.tensors import find_tensors
 from llmos_cli.progress import Progress
+from llmos_cli.store.bases import Base, NewFile, find_base, open_base
 from llmos_cli.store.handle import Store
-from llmos_cli.store.transaction import Commit, begin
+from llmos_cli.store.ingest import reader, status_of
+from llmos_cli.store.statcache import recall
+from llmos_cli.store.transaction import Commit, Transaction, begin
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,45 @@ def plan_add(paths: Sequence[Path]) -> AddPlan:
     return AddPlan(kind, tuple(files), total, tuple(skipped))
 
 
-def execute_add(store: Store, plan: AddPlan, ref: RefName, progress: Progress) -> Commit:
-    """Store the planned files as one manifest under `ref`."""
+def execute_add(
+    store: Store,
+    plan: AddPlan,
+    ref: RefName,
+    progress: Progress,
+    *,
+    base: ObjectId | None = None,
+    rehash: bool = False,
+) -> Commit:
+    """Store the planned files as one manifest under `ref`.
+
+    Tensors rest on the manifest `base`, or on whichever stored model they are found to resemble. Raises UsageError if
+    `base` has no tensors.
+    """
     for path, reason in plan.skipped:
         progress.warn(f"skipped {path}: {reason}")
     with begin(store, purpose="adding", ref=ref, progress=progress, total=plan.total_bytes) as tx:
-        entries = tuple(tx.add_path(name, path) for name, path in plan.files)
+        tx.base = _explicit_base(store, base) if base else _find_base(tx, plan)
+        entries = tuple(tx.add_path(name, path, rehash=rehash) for name, path in plan.files)
         count = f"{len(entries)} files" if len(entries) > 1 else entries[0].path
         return tx.commit(Manifest(plan.kind, entries), message=f"add {count}")
+
+
+def _explicit_base(store: Store, oid: ObjectId) -> Base:
+    base = open_base(store, oid)
+    if base is None:
+        raise UsageError(f"@{oid.short} has no tensors that could be a base", hint="llmos ls shows what is a model")
+    return base
+
+
+def _find_base(tx: Transaction, plan: AddPlan) -> Base | None:
+    """Looked for among stored models, unless every file with tensors is known already."""
+    fresh = []
+    for name, path in plan.files:
+        read = reader(path)
+        tensors = find_tensors(name, read, status_of(path).st_size, str(path))
+        if tensors and recall(tx.store, name, path) is None:
+            fresh.append(NewFile(name, tensors, read))
+    return find_base(tx.store, fresh, first=tx.expected) if fresh else None
 
 
 def _walk(root: Path, skipped: list[tuple[str, str]], depth: int = 1) -> Iterator[tuple[str, Path]]:

@@ -8,22 +8,27 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from posixpath import dirname
 from typing import BinaryIO, Final
 
-from llmos_cli.errors import Damaged, LlmosError, Unsafe, from_os_error
+from llmos_cli.errors import LlmosError, Unsafe, from_os_error
 from llmos_cli.formats import limits
 from llmos_cli.formats.codec import OPAQUE, Words
 from llmos_cli.formats.ids import Buffer
 from llmos_cli.formats.manifest import Chunk, FileEntry
 from llmos_cli.formats.names import check_path
-from llmos_cli.formats.safetensors import check_tensor_name, encode_header, read_table, tensor_bytes, words_of
+from llmos_cli.formats.safetensors import check_tensor_name, encode_header, tensor_bytes, words_of
+from llmos_cli.formats.tensors import TensorInfo, find_tensors
 from llmos_cli.progress import Task
+from llmos_cli.store.bases import Base, nothing_near
 from llmos_cli.store.pipeline import Pipeline
 
 # FastCDC sizes for files without tensors (minimum, average, maximum): small enough that an edit costs little
 CDC_BYTES: Final = (256 * limits.KiB, 1 * limits.MiB, limits.CHUNK_BYTES)
 _WINDOW_BYTES: Final = 4 * limits.CHUNK_BYTES
+_OWN_CHUNK_BYTES: Final = 4 * limits.KiB  # below this a tensor of a foreign file costs more alone than it could save
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Tensor:
     data: Callable[[], Buffer]
 
 
-def put_path(pipeline: Pipeline, name: str, path: Path, task: Task) -> FileEntry:
+def put_path(pipeline: Pipeline, name: str, path: Path, task: Task, base: Base | None = None) -> FileEntry:
     """Store a regular file; raises Damaged for a broken safetensors file, LlmosError if it changes while it is read."""
     check_path(name)
     try:
@@ -51,9 +56,11 @@ def put_path(pipeline: Pipeline, name: str, path: Path, task: Task) -> FileEntry
         def read(start: int, end: int) -> bytes:
             return _pread(fd, start, end, path)
 
+        tensors = find_tensors(name, read, before.st_size, str(path)) or ()
+        near = base.near(name, tensors) if base else nothing_near
         sink = _Sink(pipeline, task, [])
-        for start, end, words in _cuts(name, path, before.st_size, read):
-            sink.put(start, end, words, _filler(fd, path))
+        for start, end, words in _cuts(name, tensors, before.st_size, read):
+            sink.put(start, end, words, _filler(fd, path), near(start))
         entry = sink.entry(name)
         after = os.fstat(fd)
     finally:
@@ -84,7 +91,12 @@ def put_stream(pipeline: Pipeline, name: str, stream: BinaryIO, task: Task) -> F
 
 
 def put_tensors(
-    pipeline: Pipeline, name: str, tensors: Sequence[Tensor], metadata: dict[str, str], task: Task
+    pipeline: Pipeline,
+    name: str,
+    tensors: Sequence[Tensor],
+    metadata: dict[str, str],
+    task: Task,
+    base: Base | None = None,
 ) -> FileEntry:
     """Store a safetensors file made of `tensors` in this order; each one's bytes are asked for when its turn comes."""
     check_path(name)
@@ -102,7 +114,8 @@ def put_tensors(
             raise ValueError(f"tensor {tensor.name!r} gave {len(data)} bytes instead of {expected}")
         words = words_of(tensor.dtype)
         for start, end in _grid(0, len(data)):
-            sink.put(start, end, words, _copier(data, 0))
+            near = base.chunk(dirname(name), tensor.name, start) if base else None
+            sink.put(start, end, words, _copier(data, 0), near)
         pipeline.drain()  # the tensor's memory is the caller's again
     return sink.entry(name)
 
@@ -115,8 +128,15 @@ class _Sink:
     task: Task
     chunks: list[Chunk]
 
-    def put(self, start: int, end: int, words: Words, fill_from: Callable[[int, memoryview], None]) -> None:
-        self.pipeline.put(end - start, words, lambda out: fill_from(start, out), self._done)
+    def put(
+        self,
+        start: int,
+        end: int,
+        words: Words,
+        fill_from: Callable[[int, memoryview], None],
+        base: Chunk | None = None,
+    ) -> None:
+        self.pipeline.put(end - start, words, lambda out: fill_from(start, out), self._done, base)
 
     def _done(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
@@ -151,35 +171,63 @@ def _copier(data: Buffer, origin: int) -> Callable[[int, memoryview], None]:
     return fill
 
 
+def status_of(path: Path) -> os.stat_result:
+    """A file's status; raises the error a user can act on."""
+    try:
+        return path.stat()
+    except OSError as exc:
+        raise from_os_error(exc, f"reading {path}") from exc
+
+
+def reader(path: Path) -> Callable[[int, int], bytes]:
+    """Reads of a file's bytes from start to end; each opens it anew."""
+
+    def read(start: int, end: int) -> bytes:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as exc:
+            raise from_os_error(exc, f"reading {path}") from exc
+        try:
+            return _pread(fd, start, end, path)
+        finally:
+            os.close(fd)
+
+    return read
+
+
 def _pread(fd: int, start: int, end: int, path: Path) -> bytes:
     out = bytearray(max(0, end - start))
     _filler(fd, path)(start, memoryview(out))
     return bytes(out)
 
 
-def _cuts(name: str, path: Path, size: int, read: Callable[[int, int], bytes]) -> Iterator[tuple[int, int, Words]]:
-    if name.endswith(".safetensors"):
-        at = 0
-        for tensor in read_table(read, size, str(path)):
-            for start, end in _grid(at, tensor.start):  # the header, before the first tensor
-                yield start, end, OPAQUE
-            for start, end in _grid(tensor.start, tensor.end):
-                yield start, end, tensor.words
-            at = tensor.end
-        for start, end in _grid(at, size):
-            yield start, end, OPAQUE
-        return
+def _cuts(
+    name: str, tensors: Sequence[TensorInfo], size: int, read: Callable[[int, int], bytes]
+) -> Iterator[tuple[int, int, Words]]:
+    """Tensors on a grid from their own start, so that each is found again in whatever file it lies; between them, the
+    bytes as they fall."""
+    own = name.endswith(".safetensors")  # cut as `put_tensors` cuts it
     at = 0
-    while at < size:
-        end = min(size, at + _WINDOW_BYTES)
-        window = read(at, end)
-        cut = 0
-        for next_cut in _cdc_cuts(window, final=end == size):
-            yield at + cut, at + next_cut, OPAQUE
-            cut = next_cut
-        if cut == 0:
-            raise Damaged(f"{path} cannot be cut")
-        at += cut
+    for tensor in tensors:
+        if tensor.end - tensor.start < (1 if own else _OWN_CHUNK_BYTES):
+            continue
+        for start, end in _grid(at, tensor.start) if own else _by_content(at, tensor.start, read):
+            yield start, end, OPAQUE
+        for start, end in _grid(tensor.start, tensor.end):
+            yield start, end, tensor.words
+        at = tensor.end
+    for start, end in _grid(at, size) if own else _by_content(at, size, read):
+        yield start, end, OPAQUE
+
+
+def _by_content(start: int, stop: int, read: Callable[[int, int], bytes]) -> Iterator[tuple[int, int]]:
+    """A run of bytes cut by FastCDC, window by window."""
+    while start < stop:
+        end = min(stop, start + _WINDOW_BYTES)
+        cuts = _cdc_cuts(read(start, end), final=end == stop)
+        for first, last in pairwise([0, *cuts]):
+            yield start + first, start + last
+        start += cuts[-1]
 
 
 def _grid(start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -215,6 +215,15 @@ def list_packs(folder: Path) -> dict[ObjectId, Path]:
     return found
 
 
+def total_size(paths: Iterable[Path]) -> int:
+    """The bytes of some packs; one that a gc has moved meanwhile counts nothing."""
+    total = 0
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
 @dataclass(frozen=True)
 class Sync:
     """What `sync_index` did: packs added to the index, packs dropped from it, packs that could not be read."""
@@ -278,15 +287,17 @@ def find_in_packs(store: Store, oid: ObjectId) -> bool:
 
 
 def restore_from_trash(store: Store, oid: ObjectId) -> bool:
-    """Bring back the pack in the trash that holds an object; False if none does."""
+    """Bring back the pack in the trash that holds an object; False if none does. Of several copies the least deep one
+    comes back: what rests on the object may need it."""
+    found: list[tuple[int, ObjectId, Path, PackContent]] = []
     for name, path in list_packs(store.trash).items():
         try:
             content = read_pack(path)
         except NotFound:
             continue
-        if any(entry.id == oid for entry in content.entries) and restore_pack(store, name, path, content):
-            return True
-    return False
+        found += [(entry.depth, name, path, content) for entry in content.entries if entry.id == oid]
+    found.sort(key=lambda item: item[:2])
+    return any(restore_pack(store, name, path, content) for _, name, path, content in found)
 
 
 def restore_pack(store: Store, name: ObjectId, path: Path, content: PackContent) -> bool:

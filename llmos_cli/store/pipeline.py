@@ -18,6 +18,7 @@ from llmos_cli.formats import codec, limits
 from llmos_cli.formats.frame import CHUNK, MANIFEST, Frame, encode_header, new_frame
 from llmos_cli.formats.ids import Buffer, ObjectId, object_id
 from llmos_cli.formats.manifest import Chunk
+from llmos_cli.store.deltas import encode_delta
 from llmos_cli.store.handle import Store
 from llmos_cli.store.packs import PackWriter
 
@@ -28,10 +29,12 @@ Fill = Callable[[memoryview], None]
 
 @dataclass
 class Written:
-    """What a pipeline has done so far: bytes added to the store, plain bytes that were there already."""
+    """What a pipeline has done so far: bytes added to the store, plain bytes that were there already, plain bytes that
+    were stored as deltas."""
 
     stored: int = 0
     reused: int = 0
+    as_delta: int = 0
     packs: list[ObjectId] = field(default_factory=list)
 
 
@@ -64,14 +67,19 @@ class Pipeline:
         self._pack: PackWriter | None = None
         self.written = Written()
 
-    def put(self, size: int, words: codec.Words, fill: Fill, done: Callable[[Chunk], None]) -> None:
-        """Store a chunk of `size` bytes that `fill` writes into a buffer (in a worker); `done` gets it, in order."""
+    def put(
+        self, size: int, words: codec.Words, fill: Fill, done: Callable[[Chunk], None], base: Chunk | None = None
+    ) -> None:
+        """Store a chunk of `size` bytes that `fill` writes into a buffer (in a worker); `done` gets it, in order.
+
+        `base` is a stored chunk that it is likely to resemble.
+        """
         while self._buffers.empty():
             self._write_next()
         buffer = self._buffers.get()
         if len(buffer) < 2 * size:  # half for plain bytes, half for planes; grown to the size of a chunk and kept
             buffer = bytearray(2 * min(limits.CHUNK_BYTES, 4 * size))
-        self._in_flight.append((self._workers.submit(self._encode, size, words, fill, buffer), buffer, done))
+        self._in_flight.append((self._workers.submit(self._encode, size, words, fill, buffer, base), buffer, done))
 
     def drain(self) -> None:
         """Write everything that is in flight."""
@@ -104,7 +112,7 @@ class Pipeline:
             self._pack.discard()
             self._pack = None
 
-    def _encode(self, size: int, words: codec.Words, fill: Fill, buffer: bytearray) -> _Encoded:
+    def _encode(self, size: int, words: codec.Words, fill: Fill, buffer: bytearray, base: Chunk | None) -> _Encoded:
         plain = memoryview(buffer)[:size]
         fill(plain)
         oid = object_id(plain)
@@ -114,7 +122,12 @@ class Pipeline:
             self._claimed.add(oid)
         if claimed or self._store.index.has(oid):
             return _Encoded(chunk, None, b"", ())
-        encoded = codec.encode(plain, words, memoryview(buffer)[len(buffer) // 2 :][:size])
+        room = memoryview(buffer)[len(buffer) // 2 :][:size]
+        delta = encode_delta(self._store, oid, plain, words, base, room) if base else None
+        if delta:
+            frame = new_frame(CHUNK, oid, size, delta.encoded, delta.base, delta.depth)
+            return _Encoded(chunk, frame, encode_header(frame), delta.encoded.parts)
+        encoded = codec.encode(plain, words, room)
         frame = new_frame(CHUNK, oid, size, encoded)
         return _Encoded(chunk, frame, encode_header(frame), encoded.parts)
 
@@ -123,6 +136,7 @@ class Pipeline:
         try:
             item = future.result()
             if item.frame:
+                self.written.as_delta += item.chunk.size if item.frame.depth else 0
                 self._append(item.frame, item.header, item.parts)
             else:
                 self.written.reused += item.chunk.size
@@ -138,12 +152,12 @@ class Pipeline:
             self._close_pack()
 
     def _close_pack(self) -> None:
-        pack, self._pack = self._pack, None
-        if pack is None:
+        if self._pack is None:
             return
         while len(self._finishing) > 2 or (self._finishing and self._finishing[0].done()):
-            self.written.packs.append(self._finishing.pop(0).result())
-        self._finishing.append(self._finisher.submit(pack.publish, self._store))
+            self.written.packs.append(self._finishing.pop(0).result())  # if that failed, `close` discards this one
+        self._finishing.append(self._finisher.submit(self._pack.publish, self._store))
+        self._pack = None
 
 
 @contextmanager

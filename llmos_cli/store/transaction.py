@@ -9,21 +9,25 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
+from llmos_cli.errors import LlmosError
 from llmos_cli.formats.ids import ObjectId, object_id
 from llmos_cli.formats.manifest import FileEntry, Manifest, encode_manifest
-from llmos_cli.formats.names import RefName
+from llmos_cli.formats.names import RefName, check_path
 from llmos_cli.progress import Progress, Silent, Task
+from llmos_cli.store.bases import Base, open_base
 from llmos_cli.store.handle import Store
-from llmos_cli.store.ingest import Tensor, put_path, put_stream, put_tensors
+from llmos_cli.store.ingest import Tensor, put_path, put_stream, put_tensors, status_of
 from llmos_cli.store.leases import hold
 from llmos_cli.store.objects import read_manifest
 from llmos_cli.store.packs import secure
 from llmos_cli.store.pipeline import Pipeline, open_pipeline
 from llmos_cli.store.reach import objects_of
 from llmos_cli.store.refs import RefEntry, read_ref, update_ref
+from llmos_cli.store.statcache import Seen, recall, remember
 
 __all__ = ["Commit", "Tensor", "Transaction", "begin", "point"]
 
@@ -31,18 +35,21 @@ __all__ = ["Commit", "Tensor", "Transaction", "begin", "point"]
 @dataclass(frozen=True)
 class Commit:
     """What a transaction made. `size` is the plain bytes of the manifest's files, `stored` the bytes the store grew by,
-    `reused` the plain bytes that were there already; `unchanged` means the ref pointed to this very id before."""
+    `reused` the plain bytes that were there already, `as_delta` those stored as deltas; `unchanged` means the ref
+    pointed to this very id before."""
 
     id: ObjectId
     ref: RefName | None
     size: int
     stored: int
     reused: int
+    as_delta: int
     unchanged: bool
 
 
 class Transaction:
-    """Add files, then commit once. Made by `begin`."""
+    """Add files, then commit once. Made by `begin`. Tensors rest on the `base` where that saves space: unless it is
+    set, on what the ref points to now."""
 
     def __init__(
         self, store: Store, ref: RefName | None, expected: ObjectId | None, pipeline: Pipeline, task: Task
@@ -52,10 +59,30 @@ class Transaction:
         self.expected = expected
         self._pipeline = pipeline
         self._task = task
+        self._seen: list[Seen] = []
 
-    def add_path(self, name: str, path: Path) -> FileEntry:
-        """Store a regular file under a name."""
-        return put_path(self._pipeline, name, path, self._task)
+    @cached_property
+    def base(self) -> Base | None:
+        if self.expected is None:
+            return None
+        try:
+            return open_base(self.store, self.expected)
+        except LlmosError:
+            return None
+
+    def add_path(self, name: str, path: Path, *, rehash: bool = False) -> FileEntry:
+        """Store a regular file under a name. One that was stored before and is untouched since is not read again,
+        unless `rehash`."""
+        check_path(name)
+        status = status_of(path)
+        known = None if rehash else recall(self.store, name, path)
+        if known:
+            self._task.advance(known.size)
+            self._pipeline.written.reused += known.size
+            return known
+        entry = put_path(self._pipeline, name, path, self._task, self.base)
+        self._seen.append((name, path, status, entry))
+        return entry
 
     def add_bytes(self, name: str, data: bytes) -> FileEntry:
         """Store a small file from memory."""
@@ -67,7 +94,7 @@ class Transaction:
 
     def add_tensors(self, name: str, tensors: Sequence[Tensor], *, metadata: dict[str, str] | None = None) -> FileEntry:
         """Store a safetensors file of `tensors` in this order, one in memory at a time."""
-        return put_tensors(self._pipeline, name, tensors, metadata or {}, self._task)
+        return put_tensors(self._pipeline, name, tensors, metadata or {}, self._task, self.base)
 
     def commit(self, manifest: Manifest, *, message: str) -> Commit:
         """Publish the manifest and move the ref; raises Conflict if the ref moved since `begin`."""
@@ -76,11 +103,13 @@ class Transaction:
         if oid not in self.store.index.manifests(str(oid)):
             self._pipeline.put_manifest(oid, data)
         written = self._pipeline.finish()
-        secure(self.store, set(objects_of(oid, manifest)), fresh=set(written.packs))
+        objects = set(objects_of(oid, manifest))
+        secure(self.store, objects | self.store.index.bases(objects), fresh=set(written.packs))
         unchanged = self.ref is not None and self.expected == oid
         if self.ref is not None:
             update_ref(self.store, self.ref, oid, expected=self.expected, message=message)
-        return Commit(oid, self.ref, manifest.size, written.stored, written.reused, unchanged)
+        remember(self.store, self._seen)
+        return Commit(oid, self.ref, manifest.size, written.stored, written.reused, written.as_delta, unchanged)
 
 
 def point(store: Store, ref: RefName, oid: ObjectId, *, expected: ObjectId | None, message: str) -> RefEntry:
@@ -89,7 +118,8 @@ def point(store: Store, ref: RefName, oid: ObjectId, *, expected: ObjectId | Non
     Raises Conflict if the ref is not at `expected` (None: without a value), Damaged if the manifest is not whole.
     """
     with hold(store, f"pointing {ref}", [oid], writes=True):
-        secure(store, set(objects_of(oid, read_manifest(store, oid))), fresh=set())
+        objects = set(objects_of(oid, read_manifest(store, oid)))
+        secure(store, objects | store.index.bases(objects), fresh=set())
         return update_ref(store, ref, oid, expected=expected, message=message)
 
 

@@ -1,4 +1,4 @@
-"""Make the golden files of format version 1: a store of one pack and a ref that moved once, and its manifest as text.
+"""Make the golden files of format version 1: a store of two packs, the second of deltas, two refs and their manifests.
 
     python tests/golden/make_v1.py            # refuses to touch a folder that has files
     python tests/golden/make_v1.py --force    # only before version 1 has been released
@@ -10,12 +10,14 @@ folder and a new script. The values come from integer arithmetic, so that they a
 import argparse
 import random
 import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmos_cli.formats import codec, pack
-from llmos_cli.formats.codec import OPAQUE, Words
+from llmos_cli.formats.codec import OPAQUE, Encoded, Words
 from llmos_cli.formats.frame import CHUNK, MANIFEST, encode_header, new_frame
-from llmos_cli.formats.ids import object_id
+from llmos_cli.formats.ids import NO_ID, ObjectId, object_id
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, pack_key, ref_key
 from llmos_cli.formats.manifest import Chunk, FileEntry, Manifest, Recipe, Source, encode_manifest
 from llmos_cli.formats.names import RefName
@@ -45,6 +47,36 @@ def plain_files() -> dict[str, tuple[Words, list[bytes]]]:
     }
 
 
+@dataclass(frozen=True)
+class Delta:
+    words: Words
+    base: bytes
+    depth: int
+    plain: bytes
+
+
+def plain_deltas() -> dict[str, Delta]:
+    """Chunks of `plain_files` with small changes, one cut short, one made longer, and a delta on a delta."""
+    dice = random.Random(2)
+    files = {path: (words, chunks[0]) for path, (words, chunks) in plain_files().items() if chunks}
+
+    def changed(plain: bytes, width: int) -> bytes:
+        count, limit = len(plain) // width, 1 << 8 * width
+        values = [int.from_bytes(plain[at : at + width], "little") for at in range(0, count * width, width)]
+        moved = [(value + dice.choice((0, 0, 1, -1, 2, -3, 300))) % limit for value in values]
+        return b"".join(value.to_bytes(width, "little") for value in moved) + plain[count * width :]
+
+    found = {}
+    for path in ("bf16.bin", "fp16.bin", "fp32.bin", "fp64.bin", "int8.bin", "tokens.bin"):
+        words, base = files[path]
+        found[path] = Delta(words, base, 1, changed(base, words.width))
+    words, base = files["bf16.bin"]
+    found["bf16-longer.bin"] = Delta(words, base, 1, changed(base + base[:300], 2) + b"\7")
+    found["bf16-next.bin"] = Delta(words, found["bf16.bin"].plain, 2, changed(found["bf16.bin"].plain, 2))
+    found["bf16-shorter.bin"] = Delta(words, base, 1, changed(base[:401], 2))
+    return found
+
+
 def manifest_of(files: dict[str, tuple[Words, list[bytes]]]) -> Manifest:
     entries = tuple(
         FileEntry(path, tuple(Chunk(object_id(chunk), len(chunk)) for chunk in chunks))
@@ -55,29 +87,57 @@ def manifest_of(files: dict[str, tuple[Words, list[bytes]]]) -> Manifest:
     return Manifest("files", entries, {"counts": [1, None, True]}, recipe)
 
 
-def build() -> dict[str, bytes]:
-    """Every golden file by its path; only zstd payloads, and with them the pack's name, may differ between machines."""
-    files = plain_files()
-    first, manifest = encode_manifest(Manifest("report", ())), encode_manifest(manifest_of(files))
-    chunks = [(CHUNK, chunk, words) for words, chunks in files.values() for chunk in chunks]
+def manifest_of_deltas(deltas: dict[str, Delta]) -> Manifest:
+    entries = (FileEntry(path, (Chunk(object_id(one.plain), len(one.plain)),)) for path, one in sorted(deltas.items()))
+    return Manifest("files", tuple(entries))
+
+
+def packed(objects: Iterable[tuple[bytes, Encoded, int, ObjectId, int]]) -> bytes:
+    """A pack of plain bytes, each as it is encoded, with kind, base and depth."""
     body, entries = pack.pack_header(), []
-    for kind, plain, words in [(MANIFEST, first, OPAQUE), *chunks, (MANIFEST, manifest, OPAQUE)]:
-        encoded = codec.encode(memoryview(plain), words)
-        frame = new_frame(kind, object_id(plain), len(plain), encoded)
+    for plain, encoded, kind, base, depth in objects:
+        frame = new_frame(kind, object_id(plain), len(plain), encoded, base, depth)
         entries.append(pack.entry_of(frame, len(body)))
         body += b"".join([encode_header(frame), *map(bytes, encoded.parts)])
         body += pack.padding(len(body))
-    whole = body + pack.pack_end(entries, len(body))
-    ref = RefName("golden", "v1")
+    return body + pack.pack_end(entries, len(body))
+
+
+def build() -> dict[str, bytes]:
+    """Every golden file by its path; only zstd payloads, and so the names of packs, may differ between machines."""
+    files, deltas = plain_files(), plain_deltas()
+    first, manifest = encode_manifest(Manifest("report", ())), encode_manifest(manifest_of(files))
+    delta_manifest = encode_manifest(manifest_of_deltas(deltas))
+    chunks = [(chunk, words, CHUNK) for words, chunks in files.values() for chunk in chunks]
+    whole = packed(
+        (plain, codec.encode(memoryview(plain), words), kind, NO_ID, 0)
+        for plain, words, kind in [(first, OPAQUE, MANIFEST), *chunks, (manifest, OPAQUE, MANIFEST)]
+    )
+    frames = [
+        (
+            one.plain,
+            codec.encode_delta(memoryview(one.plain), one.base, one.words),
+            CHUNK,
+            object_id(one.base),
+            one.depth,
+        )
+        for one in deltas.values()
+    ]
+    frames.append((delta_manifest, codec.encode(memoryview(delta_manifest), OPAQUE), MANIFEST, NO_ID, 0))
+    differences = packed(frames)
+    ref, time = RefName("golden", "v1"), "2026-01-02T03:04:05Z"
     moves = [
-        RefEntry(ref, 1, object_id(first), None, "2026-01-02T03:04:05Z", "ann@example", ""),
+        RefEntry(ref, 1, object_id(first), None, time, "ann@example", ""),
         RefEntry(ref, 2, object_id(manifest), object_id(first), "2026-01-02T03:04:06Z", "ann@example", 'add: "é"\n'),
+        RefEntry(RefName("golden", "delta"), 1, object_id(delta_manifest), None, time, "ann@example", "add"),
     ]
     return {
         FORMAT_FILE: FORMAT_TEXT,
         "manifest.json": manifest,
+        "manifest-delta.json": delta_manifest,
         pack_key(object_id(whole)): whole,
-        **{ref_key(ref, move.sequence): encode_entry(move) for move in moves},
+        pack_key(object_id(differences)): differences,
+        **{ref_key(move.ref, move.sequence): encode_entry(move) for move in moves},
     }
 
 

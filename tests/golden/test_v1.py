@@ -18,29 +18,43 @@ FOLDER = Path(__file__).parent / "v1"
 MAKE = runpy.run_path(str(FOLDER.parent / "make_v1.py"))
 MANIFEST_ID = "91ae352dfd020f21e985fc88351519e64606e547cbb196dfca7b623e35128336"
 PACK = "1449d01618e6ecd69c2dd526002befd3959011265e244b68f60fd53e622a6134"
+DELTA_MANIFEST_ID = "62e2c9738a52d73ca1336261aa0d1c629d5c21956fc05ca5aaec4a25fd1ea842"
+DELTA_PACK = "9a47fa5b050f38b7d10603abfbfa84d01341daf6b501e137510ef73feaf242b1"
 REF = RefName("golden", "v1")
+Objects = dict[ObjectId, tuple[pack.Entry, bytes]]
+
+
+def stored(name: str) -> bytes:
+    return (FOLDER / "packs" / name[:2] / f"{name}.pack").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def packed() -> bytes:
-    return (FOLDER / "packs" / PACK[:2] / f"{PACK}.pack").read_bytes()
+    return stored(PACK)
 
 
-def objects(data: bytes) -> dict[ObjectId, tuple[pack.Entry, bytes]]:
+def objects(data: bytes, known: Objects | None = None) -> Objects:
+    """Every object of a pack, by its frame; the bases of deltas stand before them or are `known`."""
     found = {}
     for entry in pack.read_index(lambda start, end: data[start:end], len(data)):
         frame = pack.check_entry(entry, data[entry.offset : entry.offset + HEADER_BYTES])
         assert encode_header(frame) == data[entry.offset : entry.offset + HEADER_BYTES]
-        plain = bytearray(frame.plain_size)
-        decode_payload(frame, memoryview(data)[entry.offset + HEADER_BYTES : entry.end], memoryview(plain))
+        plain, base = bytearray(frame.plain_size), None
+        if frame.codec == codec.DELTA:
+            below, base = {**(known or {}), **found}[frame.base]
+            assert frame.depth == below.depth + 1
+        payload = memoryview(data)[entry.offset + HEADER_BYTES : entry.end]
+        decode_payload(frame, payload, memoryview(plain), memoryview(base) if base else None)
         check_id(frame, plain)
         found[frame.id] = (entry, bytes(plain))
     return found
 
 
-def test_the_pack_is_read_and_its_index_written_the_same(packed: bytes) -> None:
-    assert str(object_id(packed)) == PACK
-    assert pack_key(object_id(packed)) == f"packs/{PACK[:2]}/{PACK}.pack"
+@pytest.mark.parametrize("name", [PACK, DELTA_PACK])
+def test_a_pack_is_read_and_its_index_written_the_same(name: str) -> None:
+    packed = stored(name)
+    assert str(object_id(packed)) == name
+    assert pack_key(object_id(packed)) == f"packs/{name[:2]}/{name}.pack"
     entries = pack.read_index(lambda start, end: packed[start:end], len(packed))
     end = pack.pack_end(entries, pack.aligned(entries[-1].end))
     assert packed.startswith(pack.pack_header())
@@ -58,6 +72,21 @@ def test_every_codec_is_decoded_to_the_bytes_that_went_in(packed: bytes) -> None
         codecs = {found[chunk.id][0].codec for chunk in entry.chunks}
         assert codecs <= {codec.PLANES if words.width else codec.ZSTD if path == "text/cat.txt" else codec.RAW}
     assert {entry.codec for entry, _ in found.values()} == {codec.RAW, codec.ZSTD, codec.PLANES}
+
+
+def test_every_delta_is_decoded_to_the_bytes_that_went_in(packed: bytes) -> None:
+    found = objects(stored(DELTA_PACK), objects(packed))
+    data = (FOLDER / "manifest-delta.json").read_bytes()
+    assert str(object_id(data)) == DELTA_MANIFEST_ID
+    assert found[object_id(data)][1] == data
+    manifest = decode_manifest(data)
+    for path, delta in MAKE["plain_deltas"]().items():
+        entry = manifest.file(path)
+        assert entry is not None
+        line, plain = found[entry.chunks[0].id]
+        assert plain == delta.plain
+        assert (line.codec, line.base, line.depth) == (codec.DELTA, object_id(delta.base), delta.depth)
+    assert encode_manifest(MAKE["manifest_of_deltas"](MAKE["plain_deltas"]())) == data
 
 
 def test_the_manifest_is_read_and_written_the_same(packed: bytes) -> None:
@@ -86,13 +115,15 @@ def test_the_store_format_is_accepted() -> None:
 
 def test_the_script_writes_today_what_it_wrote_then_but_for_what_zstd_packed(packed: bytes) -> None:
     built: dict[str, bytes] = MAKE["build"]()
+    now: Objects = {}
     for name, data in built.items():
         if name.startswith("packs/"):
-            assert {oid: plain for oid, (_, plain) in objects(data).items()} == {
-                oid: plain for oid, (_, plain) in objects(packed).items()
-            }
+            now |= objects(data, now)
         else:
             assert (FOLDER / name).read_bytes() == data
+    then = objects(packed)
+    then |= objects(stored(DELTA_PACK), then)
+    assert {oid: plain for oid, (_, plain) in now.items()} == {oid: plain for oid, (_, plain) in then.items()}
 
 
 def test_the_script_never_overwrites_unless_forced(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_add_a_folder_and_check_it_out_again(llmos: Llmos, store: Path) -> None:
 def test_adding_the_same_again_changes_nothing(llmos: Llmos, store: Path) -> None:
     first = llmos("add", "a.txt", "b.txt", "notes", "--json").json
     assert first["unchanged"]
-    assert first["stored"] == 0
+    assert first["new_bytes"] == 0
     assert "has it already" in llmos("add", "a.txt", "b.txt", "notes").out
     assert len(llmos("log", "notes", "--json").json["history"]) == 2
 

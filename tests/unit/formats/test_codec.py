@@ -11,9 +11,10 @@ import zstandard
 
 from llmos_cli.errors import Damaged, UnknownVersion
 from llmos_cli.formats import codec, limits
-from llmos_cli.formats.codec import OPAQUE, PLANES, RAW, ZSTD, Words
+from llmos_cli.formats.codec import DELTA, OPAQUE, PLANES, RAW, ZSTD, Words
 from llmos_cli.formats.limits import GiB, KiB, MiB
 
+RANDOM = np.random.default_rng(2)
 NORMAL = np.random.default_rng(0).standard_normal(MiB // 4).astype(np.float32) * 0.02
 
 
@@ -30,8 +31,27 @@ NORMAL = np.random.default_rng(0).standard_normal(MiB // 4).astype(np.float32) *
         (np.frombuffer(np.random.default_rng(1).bytes(MiB), np.uint8), OPAQUE, RAW, 1.0),
         (np.frombuffer(np.random.default_rng(1).bytes(MiB), np.uint8), Words(1), RAW, 1.0),
         (np.zeros(63, np.uint8), OPAQUE, RAW, 1.0),
+        (np.full(MiB, 0.1, np.float32), Words(4, True), PLANES, 0.0001),
+        ((NORMAL.view(np.uint32) & 0xFFFF0000).astype(np.uint32), Words(4, True), PLANES, 0.36),
+        (RANDOM.standard_normal(MiB // 4, np.float32).round() * np.float32(0.01), Words(4, True), ZSTD, 0.25),
+        (np.where(RANDOM.random(MiB // 4) < 0.1, NORMAL, 0), Words(4, True), ZSTD, 0.16),
     ],
-    ids=["bf16", "fp32", "fp16", "fp64", "int64", "zeros", "text", "noise", "quantized", "tiny"],
+    ids=[
+        "bf16",
+        "fp32",
+        "fp16",
+        "fp64",
+        "int64",
+        "zeros",
+        "text",
+        "noise",
+        "quantized",
+        "tiny",
+        "constant",
+        "bf16 in fp32",
+        "int4 in fp32",
+        "sparse",
+    ],
 )
 def test_each_kind_of_data_finds_its_codec(plain: np.ndarray, words: Words, chosen: int, ratio: float) -> None:
     encoded = codec.encode(memoryview(plain.tobytes()), words)
@@ -77,8 +97,9 @@ def test_a_bad_zstd_frame_is_damaged(name: str) -> None:
     with pytest.raises(Damaged):
         codec.decode(ZSTD, 0, False, memoryview(payload), memoryview(bytearray(size)))
     table = struct.pack("<B3xI", 1, len(payload))
-    with pytest.raises(Damaged):
-        codec.decode(PLANES, 1, False, memoryview(table + payload), memoryview(bytearray(size)))
+    for codec_id in (PLANES, DELTA):
+        with pytest.raises(Damaged):
+            codec.decode(codec_id, 1, False, memoryview(table + payload), memoryview(bytearray(size)), memoryview(b"b"))
 
 
 def test_the_handmade_frames_are_right_but_for_their_fault() -> None:
@@ -114,10 +135,13 @@ def test_no_bad_frame_uses_more_memory_than_its_header_promises() -> None:
 
 def test_an_unknown_codec_or_width_is_refused() -> None:
     with pytest.raises(UnknownVersion):
-        codec.decode(codec.DELTA, 2, True, memoryview(b"xx"), memoryview(bytearray(2)))
+        codec.decode(4, 2, True, memoryview(b"xx"), memoryview(bytearray(2)))
     for width, rotated in ((0, False), (3, False), (16, True), (1, True)):
-        with pytest.raises(Damaged):
-            codec.decode(PLANES, width, rotated, memoryview(bytes(99)), memoryview(bytearray(2)))
+        for codec_id in (PLANES, DELTA):
+            with pytest.raises(Damaged):
+                codec.decode(
+                    codec_id, width, rotated, memoryview(bytes(99)), memoryview(bytearray(2)), memoryview(b"b")
+                )
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])

@@ -20,7 +20,7 @@ from llmos_cli.formats.frame import (
     encode_header,
     new_frame,
 )
-from llmos_cli.formats.ids import checksum, object_id
+from llmos_cli.formats.ids import NO_ID, checksum, object_id
 
 PLAIN = b"a chunk of some words and some more words " * 9
 ENCODED = codec.encode(memoryview(PLAIN), OPAQUE)
@@ -103,15 +103,29 @@ def test_a_sealed_header_outside_the_rules_is_damaged(offset: int, value: bytes)
         decode_header(sealed(bytes(header)))
 
 
+def test_a_delta_names_its_base_and_its_depth() -> None:
+    base = PLAIN.replace(b"some", b"more")
+    encoded = codec.encode_delta(memoryview(PLAIN), base, codec.Words(2, True))
+    frame = new_frame(CHUNK, object_id(PLAIN), len(PLAIN), encoded, object_id(base), 2)
+    assert decode_header(encode_header(frame)) == frame
+    assert (frame.base, frame.depth, frame.width, frame.rotated) == (object_id(base), 2, 2, True)
+    out = bytearray(len(PLAIN))
+    decode_payload(frame, memoryview(b"".join(map(bytes, encoded.parts))), memoryview(out), memoryview(base))
+    assert out == PLAIN
+    with pytest.raises(ValueError, match="base"):
+        decoded(frame, b"".join(map(bytes, encoded.parts)))
+    with pytest.raises(Damaged, match=frame.id.short):
+        decoded(dataclasses.replace(frame, payload_check=0), b"".join(map(bytes, encoded.parts)))
+
+
 def test_a_delta_needs_a_base_and_a_depth_within_the_limit() -> None:
     base = object_id(b"base")
     good = dataclasses.replace(FRAME, codec=codec.DELTA, width=2, rotated=True, depth=limits.DELTA_DEPTH, base=base)
     assert decode_header(encode_header(good)) == good
-    with pytest.raises(UnknownVersion, match=FRAME.id.short):
-        decoded(good, PAYLOAD)
-    for bad in (dataclasses.replace(good, depth=limits.DELTA_DEPTH + 1), dataclasses.replace(good, depth=0)):
+    wrong = ({"depth": limits.DELTA_DEPTH + 1}, {"depth": 0}, {"base": NO_ID}, {"codec": codec.PLANES}, {"width": 0})
+    for change in wrong:
         with pytest.raises(Damaged):
-            decode_header(encode_header(bad))
+            decode_header(encode_header(dataclasses.replace(good, **change)))
 
 
 def test_only_a_manifest_may_be_longer_than_a_chunk() -> None:

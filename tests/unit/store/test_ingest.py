@@ -105,6 +105,99 @@ def test_a_path_and_a_stream_of_the_same_bytes_are_cut_alike(store: Store, tmp_p
     assert all(0 < chunk.size <= limits.CHUNK_BYTES for chunk in entries[0].chunks)
 
 
+def foreign(tensors: dict[str, np.ndarray]) -> dict[str, bytes]:
+    """The same tensors as other tools write them."""
+    import torch
+
+    npz, zipped = io.BytesIO(), io.BytesIO()
+    np.savez(npz, **tensors)  # type: ignore[arg-type]
+    torch.save({name: torch.from_numpy(array) for name, array in tensors.items()}, zipped)
+    entries = b"".join(
+        struct.pack(f"<Q{len(name)}sI{array.ndim}QIQ", len(name), name.encode(), array.ndim, *array.shape[::-1], 25, at)
+        for name, array, at in zip(tensors, tensors.values(), aligned(tensors.values()), strict=False)
+    )
+    gguf = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 0) + entries
+    gguf += bytes(-len(gguf) % 32) + b"".join(array.tobytes() + bytes(-array.nbytes % 32) for array in tensors.values())
+    return {"m.npz": npz.getvalue(), "m.bin": zipped.getvalue(), "m.gguf": gguf}
+
+
+def aligned(arrays: Any) -> list[int]:
+    starts = [0]
+    for array in arrays:
+        starts.append(starts[-1] + array.nbytes + -array.nbytes % 32)
+    return starts
+
+
+def test_a_model_in_any_format_shares_its_big_tensors(store: Store, tmp_path: Path, lab: Any) -> None:
+    tensors = {name: array for name, array in model().items() if array.nbytes % 32 == 0 or name == "norm"}
+    assert len(tensors) == 4
+    big = {f"s{number}": lab.noise(size, number) for number, size in enumerate([5 << 20, 40_000])}
+    tensors |= {name: np.frombuffer(bytearray(data), np.uint16) for name, data in big.items()}
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(lab.safetensors(tensors))
+    first, _ = add(store, path)
+    own = chunks(first)
+    for name, data in foreign(tensors).items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        entry, commit = add(store, path)
+        assert read_file(store, entry) == data
+        assert commit.stored < 6000, name
+        shared = sum(chunk.size for chunk in entry.chunks if chunk.id in own)
+        assert shared == sum(array.nbytes for array in tensors.values() if array.nbytes >= 4096), name
+        assert sum(chunk.size for chunk in entry.chunks) == len(data)
+
+
+def test_many_tiny_tensors_lie_together(store: Store, tmp_path: Path) -> None:
+    arrays = {f"t{number}": np.full(100, number) for number in range(500)}
+    np.savez(tmp_path / "m.npz", **arrays)  # type: ignore[arg-type]
+    entry, _ = add(store, tmp_path / "m.npz")
+    assert len(entry.chunks) <= 4
+    assert read_file(store, entry) == (tmp_path / "m.npz").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["m.bin", "m.npz", "m.npy", "m.pt"])
+def test_a_broken_file_of_a_lenient_format_is_stored_like_any_other(store: Store, tmp_path: Path, name: str) -> None:
+    data = foreign(model())["m.npz"]
+    for broken in (data[:-100], data[: len(data) // 2], b"PK\3\4" + data[4:5000], b"\x93NUMPY" + bytes(100), b""):
+        (tmp_path / name).write_bytes(broken)
+        entry, _ = add(store, tmp_path / name)
+        assert read_file(store, entry) == broken
+
+
+def test_a_bad_gguf_file_is_refused_and_nothing_is_visible(store: Store, tmp_path: Path) -> None:
+    good = foreign(model())["m.gguf"]
+    path = tmp_path / "m.gguf"
+    for bad in (good[:-40], good[:16] + b"\xff" * 8 + good[24:], good[:8] + b"\xff" * 8 + good[16:]):
+        path.write_bytes(bad)
+        with pytest.raises(Unsafe, match=r"m\.gguf") as caught:
+            add(store, path)
+        assert caught.value.exit_code == 14
+    assert read_ref(store, RefName("x")) is None
+    assert not list_packs(store.packs)
+
+
+def test_a_line_put_into_a_jsonl_file_stores_little_more_than_itself(store: Store, tmp_path: Path) -> None:
+    generator = random.Random(0)
+    lines = [json.dumps({"id": n, "text": generator.randbytes(400).hex()}) for n in range(25_000)]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n".join(lines))
+    size = path.stat().st_size
+    assert size > 20_000_000
+    add(store, path)
+    for edit in (
+        lambda: lines.insert(12_000, json.dumps({"id": "new", "text": "a line more"})),
+        lambda: lines.__delitem__(5_000),
+        lambda: lines.append("{}"),
+    ):
+        edit()
+        path.write_text("\n".join(lines))
+        entry, commit = add(store, path)
+        assert size - commit.reused < 3 << 20
+        assert commit.stored < 2 << 20
+        assert read_file(store, entry) == path.read_bytes()
+
+
 def header(table: object) -> bytes:
     text = table if isinstance(table, bytes) else json.dumps(table).encode()
     return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,182 @@
+"""What the delta codec promises in size, and that numba is there when it pays and never missed."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llmos_cli
+from llmos_cli.formats import codec, delta
+from llmos_cli.formats.codec import DELTA, Words
+from llmos_cli.formats.limits import KiB, MiB
+
+RANDOM = np.random.default_rng(0)
+VALUES = RANDOM.standard_normal(MiB, dtype=np.float32) * np.float32(0.02)
+STEP = RANDOM.standard_normal(MiB, dtype=np.float32) * np.float32(5e-5)
+
+
+def bf16(values: np.ndarray) -> bytes:
+    return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+
+
+def encoded(plain: bytes, base: bytes, words: Words) -> tuple[codec.Encoded, bytes]:
+    one = codec.encode_delta(memoryview(plain), base, words)
+    return one, b"".join(map(bytes, one.parts))
+
+
+@pytest.fixture(params=[False, True], ids=["numpy", "numba"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {width: delta.compile_kernels(width) if request.param else None for width in (2, 4)}
+    assert not request.param or all(made.values())
+    monkeypatch.setattr(delta._compiled, "_kernels", made)
+
+
+@pytest.mark.parametrize(
+    ("width", "plain", "base", "grouped", "ungrouped"),
+    [(2, bf16(VALUES + STEP), bf16(VALUES), 0.16, 0.19), (4, (VALUES + STEP).tobytes(), VALUES.tobytes(), 0.575, 0.60)],
+    ids=["bf16", "fp32"],
+)
+def test_a_small_step_of_every_weight_is_a_small_delta(
+    width: int, plain: bytes, base: bytes, grouped: float, ungrouped: float, kernels: None
+) -> None:
+    sizes = [encoded(plain, base, Words(width, is_float))[0].size / len(plain) for is_float in (True, False)]
+    assert sizes[0] < grouped < sizes[1] < ungrouped
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_a_chunk_that_hardly_changed_is_tiny(width: int) -> None:
+    base = VALUES.tobytes()
+    plain = bytearray(base)
+    for at in range(0, len(plain), 64 * KiB):
+        plain[at] ^= 1
+    for words in (Words(width), Words(width, True)):
+        assert encoded(bytes(plain), base, words)[0].size < 3 * KiB
+        assert encoded(base, base, words)[0].size < 2 * KiB
+
+
+def test_integers_that_moved_a_little_are_small() -> None:
+    base = RANDOM.integers(-100, 100, MiB).astype(np.int8)
+    plain = base + RANDOM.integers(-1, 2, MiB).astype(np.int8)
+    assert encoded(plain.tobytes(), base.tobytes(), Words(1))[0].size < 0.23 * MiB
+    assert codec.encode(memoryview(plain.tobytes()), Words(1)).size > 0.9 * MiB
+
+
+def test_any_place_in_memory_will_do(kernels: None) -> None:
+    """Buffers that start at odd addresses, read-only ones, a room that is longer than the chunk."""
+    plain, base = bf16(VALUES + STEP)[: 100 * KiB + 1], bf16(VALUES)[: 90 * KiB + 1]
+    whole, shifted = encoded(plain, base, Words(2, True))[1], bytearray(b"x" + base)
+    for offset in (0, 1, 3):
+        source = memoryview(bytearray(offset) + plain)[offset:]
+        room, out = memoryview(bytearray(len(plain) + 9))[offset:], memoryview(bytearray(len(plain) + offset))[offset:]
+        one = codec.encode_delta(source, memoryview(shifted)[1:], Words(2, True), room)
+        assert b"".join(map(bytes, one.parts)) == whole
+        codec.decode(DELTA, 2, True, memoryview(b"x" + whole)[1:], out, memoryview(shifted)[1:])
+        assert out == plain
+    assert shifted == b"x" + base
+
+
+def test_threads_do_not_disturb_each_other(kernels: None) -> None:
+    def trip(number: int) -> bool:
+        width = 2 if number % 2 else 4
+        base, plain = (RANDOM_BYTES[at : at + 150_000 + number] for at in (0, 7 * number))
+        one, payload = encoded(plain, base, Words(width, True))
+        out = bytearray(len(plain))
+        codec.decode(DELTA, width, one.rotated, memoryview(payload), memoryview(out), base)
+        return out == plain
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(trip, range(40)))
+
+
+RANDOM_BYTES = RANDOM.bytes(200_000)
+
+
+def test_a_delta_without_its_base_and_planes_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="without its base"):
+        codec.decode(DELTA, 2, True, memoryview(bytes(16)), memoryview(bytearray(0)))
+    for sizes in ((4, 3), (4, 5), (3, 3)):
+        with pytest.raises(ValueError, match="every word"):
+            delta.add([bytes(size) for size in sizes], bytes(8), True, memoryview(bytearray(8)))
+
+
+def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = delta.compile_kernels(2)
+    assert right is not None
+    idle = delta._Kernels(right.count, lambda *_: None, right.gather)
+    monkeypatch.setattr(delta, "_make_kernels", lambda *_: idle)
+    assert delta.compile_kernels(2) is None
+
+
+def test_without_numba_numpy_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(delta, "_COMPILE_FROM", 0)
+    monkeypatch.setattr(delta, "_compiled", delta._Compiled())
+    plain, base = RANDOM_BYTES[:9999], RANDOM_BYTES[5:9999]
+    _, payload = encoded(plain, base, Words(2, True))
+    out = bytearray(len(plain))
+    codec.decode(DELTA, 2, True, memoryview(payload), memoryview(out), base)
+    assert out == plain
+
+
+def run(script: str, folder: Path | None = None, **environment: str) -> list[str]:
+    """What a fresh interpreter prints that takes every warning for an error, and modules from `folder` first."""
+    done = subprocess.run(
+        [sys.executable, "-B", "-W", "error", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+        cwd=folder,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
+
+def test_numba_is_loaded_for_many_deltas_only() -> None:
+    script = """
+        import sys
+        from llmos_cli.formats import codec, delta
+        plain, out = memoryview(bytes(range(256)) * 512), memoryview(bytearray(1 << 17))
+        def loaded():
+            print("numba" in sys.modules)
+        for words in (codec.OPAQUE, codec.Words(1), codec.Words(2, True), codec.Words(8)):
+            one = codec.encode(plain, words)
+            codec.decode(one.codec, one.width, one.rotated, memoryview(b"".join(one.parts)), out)
+        codec.encode_delta(plain, b"base", codec.Words(2, True))
+        loaded()
+        delta._COMPILE_FROM = 2 * len(plain)
+        codec.encode_delta(plain, b"base", codec.Words(4))
+        loaded()
+        codec.encode_delta(plain, b"base", codec.Words(2, True))
+        loaded()
+    """
+    assert run(script) == ["False", "False", "True"]
+
+
+COMPILE = """
+    import pathlib
+    from llmos_cli.formats import delta
+    print(delta.__file__, delta.compile_kernels(4) is not None)
+    cache = list(pathlib.Path(delta.__file__).parent.glob("__pycache__/*.nbi"))
+    for path in cache:
+        path.write_bytes(b"rot")
+    print(len(cache), not cache or delta.compile_kernels(4) is not None)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writable", [False, True], ids=["nowhere to write", "damaged"])
+def test_a_cache_that_cannot_be_used_costs_only_time(tmp_path: Path, writable: bool) -> None:
+    copy = tmp_path / "llmos_cli"
+    shutil.copytree(Path(llmos_cli.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    if not writable:
+        (copy / "formats" / "__pycache__").write_bytes(b"in the way of a folder")
+    nowhere = str(tmp_path / "llmos_cli" / "py.typed" / "nowhere")
+    found = run(COMPILE, tmp_path, HOME=nowhere, XDG_CACHE_HOME=nowhere, NUMBA_CACHE_DIR="")
+    assert found == [str(copy / "formats" / "delta.py"), "True", "3" if writable else "0", "True"]
