@@ -37,6 +37,7 @@ GROUPS: Final = {
         "ls": "List what the store holds, by name.",
         "show": "Show an object: kind, size, tensors, how it was made, its files.",
         "log": "Show a ref's history and the tree of what it was made from.",
+        "diff": "Compare two objects: tensors, files, settings, how they were made.",
         "tag": "Point another ref to an object; nothing is copied.",
         "rm": "Remove refs. Their objects stay until 'llmos gc'.",
         "du": "Show what refs amount to and what they take on disk.",

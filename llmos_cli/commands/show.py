@@ -1,22 +1,24 @@
 """`llmos show`: everything about one object."""
 
-import json
-from collections.abc import Mapping
+import posixpath
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmos_cli.errors import Damaged
+from llmos_cli.errors import NotFound
+from llmos_cli.ui.facts import fact_lines, json_text
+from llmos_cli.ui.output import Output
 from llmos_cli.ui.session import session
-from llmos_cli.ui.text import count, plural, safe_line, shorten, size
+from llmos_cli.ui.text import count, percent, plural, safe_line, shorten, size
 
 if TYPE_CHECKING:
-    from llmos_cli.formats.manifest import Manifest
-    from llmos_cli.store.handle import Store
-    from llmos_cli.ui.output import Output
+    from llmos_cli.store.census import Census, Footprint, Tensor
 
 SHOWN_FILES = 10
 SHOWN_SOURCES = 3
+NARROW_COLUMNS = 80  # below this, names of tensors need all the room there is
+TRAINING = "training/"  # a checkpoint's state beside its model
 
 
 def show(
@@ -24,14 +26,27 @@ def show(
     ref: Annotated[str, typer.Argument(metavar="REF", help="What to show.", show_default=False)],
     *,
     files: Annotated[bool, typer.Option("--files", help="List every file.")] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor: dtype, shape, bytes, and as stored.")
+    ] = False,
+    sha256: Annotated[
+        bool, typer.Option("--sha256", help="List the SHA-256 of every file, as sha256sum does.")
+    ] = False,
 ) -> None:
     """Show an object: kind, size, tensors, how it was made, its files.
+
+    With --tensors, STORED is what a tensor takes in the store and CODEC how it is stored there. With --sha256, files
+    are read once to be hashed, and the digests are kept: the next time they are there at once.
 
     Examples:
       llmos show tiny
       llmos show web --files
+      llmos show tiny --tensors
+      llmos show tiny --sha256 | (cd tiny-folder && sha256sum -c)
       llmos show @3f2a9c01 --json
     """
+    from llmos_cli.store.census import footprints, take_census
+    from llmos_cli.store.digests import sha256_files
     from llmos_cli.store.lineage import describe_recipe, ref_labels
     from llmos_cli.store.objects import read_manifest
     from llmos_cli.store.resolve import resolve
@@ -41,7 +56,15 @@ def show(
         source = resolve(store, ref)
         manifest = read_manifest(store, source.id)
         labels = ref_labels(store)
-        tensors = _tensors(store, manifest, here.out)
+        census = take_census(store, manifest)
+        if tensors and not census.tensors and not census.problems:
+            raise NotFound(f"{source.label} has no tensors", hint=f"see its files: llmos show {ref} --files")
+        stored = footprints(store, census.tensors) if tensors else []
+        digests = sha256_files(store, manifest.files, here.out.progress) if sha256 else {}
+    for problem in census.problems:
+        here.out.warn(problem)
+    counts = _tensor_counts(census)
+    listed = [_tensor_json(*pair) for pair in zip(census.tensors, stored, strict=True)] if tensors else None
     recipe = manifest.recipe
     here.out.result(
         {
@@ -50,20 +73,30 @@ def show(
             "refs": list(labels.get(source.id, ())),
             "kind": manifest.kind,
             "size": manifest.size,
-            "tensors": tensors,
+            "tensors": counts and counts | ({} if listed is None else {"list": listed}),
             "meta": manifest.meta,
             "recipe": describe_recipe(recipe) if recipe else None,
-            "files": [{"path": entry.path, "size": entry.size} for entry in manifest.files],
+            "files": [
+                {"path": entry.path, "size": entry.size} | ({"sha256": digests[entry.path]} if sha256 else {})
+                for entry in manifest.files
+            ],
         }
     )
+    if tensors:
+        _tensor_table(here.out, census.tensors, stored)
+    if sha256:
+        for entry in manifest.files:
+            here.out.line(f"{digests[entry.path]}  {entry.path}")
+    if tensors or sha256:
+        return
     facts = [
         ("id", str(source.id)),
         ("kind", manifest.kind),
         ("size", f"{size(manifest.size)} in {plural(len(manifest.files), 'file')}"),
     ]
-    if tensors:
-        dtypes = ", ".join(f"{dtype} {plural(number, 'tensor')}" for dtype, number in tensors["dtypes"].items())
-        facts.append(("tensors", f"{count(tensors['parameters'])} values in {dtypes}"))
+    if counts:
+        dtypes = ", ".join(f"{dtype} {plural(number, 'tensor')}" for dtype, number in counts["dtypes"].items())
+        facts.append(("tensors", f"{count(counts['parameters'])} values in {dtypes}"))
     others = [label for label in labels.get(source.id, ()) if label != source.label]
     if others:
         facts.append(("also", ", ".join(others)))
@@ -80,10 +113,10 @@ def show(
         if recipe.tools:
             facts.append(("  tools", ", ".join(f"{name} {version}" for name, version in sorted(recipe.tools.items()))))
     here.out.line(source.label)
-    _facts(here.out.line, facts)
+    _lines(here.out, facts)
     if manifest.meta:
         here.out.line("facts")
-        _facts(here.out.line, [(key, _value(value)) for key, value in sorted(manifest.meta.items())])
+        _lines(here.out, [(key, _value(value)) for key, value in sorted(manifest.meta.items())])
     shown = manifest.files if files else manifest.files[:SHOWN_FILES]
     here.out.line("files")
     for entry in shown:
@@ -92,38 +125,68 @@ def show(
         here.out.line(f"  and {count(len(manifest.files) - len(shown))} more (--files lists them)")
 
 
-def _tensors(store: "Store", manifest: "Manifest", out: "Output") -> dict[str, Any] | None:
+def _tensor_counts(census: "Census") -> dict[str, Any] | None:
     """How many tensors of which dtype, and how many values they have; None where there are none."""
     from math import prod
 
-    from llmos_cli.formats.safetensors import read_table
-    from llmos_cli.store.objects import open_file
-
     dtypes: dict[str, int] = {}
     parameters = 0
-    for entry in manifest.files:
-        if not entry.path.endswith(".safetensors") or entry.path.startswith("training/"):
-            continue
-        try:
-            table = read_table(open_file(store, entry).read, entry.size, entry.path)
-        except Damaged as exc:
-            out.warn(exc.message)
-            continue
-        for info in table:
-            dtypes[info.dtype] = dtypes.get(info.dtype, 0) + 1
-            parameters += prod(info.shape)
+    for tensor in census.tensors:
+        if not tensor.file.path.startswith(TRAINING):
+            dtypes[tensor.info.dtype] = dtypes.get(tensor.info.dtype, 0) + 1
+            parameters += prod(tensor.info.shape)
     if not dtypes:
         return None
     return {"count": sum(dtypes.values()), "parameters": parameters, "dtypes": dict(sorted(dtypes.items()))}
 
 
-def _facts(line: Any, facts: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in facts)
-    for name, value in facts:
-        line(f"  {name:<{width}}  {safe_line(value)}")
+def _tensor_table(out: Output, tensors: "Sequence[Tensor]", stored: "Sequence[Footprint]") -> None:
+    several = len({posixpath.dirname(tensor.file.path) for tensor in tensors}) > 1
+    rows = [
+        [
+            posixpath.join(posixpath.dirname(tensor.file.path), tensor.info.name) if several else tensor.info.name,
+            tensor.info.dtype,
+            f"[{','.join(map(str, tensor.info.shape))}]",
+            size(tensor.size),
+            size(footprint.stored),
+            _codecs(footprint),
+        ]
+        for tensor, footprint in zip(tensors, stored, strict=True)
+    ]
+    spare = {1, 2} if out.width < NARROW_COLUMNS else ()
+    out.table(["tensor", "dtype", "shape", "size", "stored", "codec"], rows, right={3, 4}, spare=spare)
+    plain, kept = sum(tensor.size for tensor in tensors), sum(footprint.stored for footprint in stored)
+    out.line(f"{plural(len(tensors), 'tensor')}, {size(plain)} stored in {size(kept)} ({percent(kept, plain)})")
+
+
+def _codecs(footprint: "Footprint") -> str:
+    """How a tensor is stored: "planes", or "planes 75%, raw 25%" of its bytes."""
+    total = sum(footprint.codecs.values())
+    parts = sorted(footprint.codecs.items(), key=lambda item: -item[1])
+    if len(parts) < 2:
+        return parts[0][0] if parts else "-"
+    return ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in parts)
+
+
+def _tensor_json(tensor: "Tensor", footprint: "Footprint") -> dict[str, Any]:
+    info = tensor.info
+    return {
+        "name": info.name,
+        "file": tensor.file.path,
+        "dtype": info.dtype,
+        "shape": list(info.shape),
+        "size": tensor.size,
+        "stored": footprint.stored,
+        "codecs": footprint.codecs,
+    }
+
+
+def _lines(out: Output, facts: list[tuple[str, str]]) -> None:
+    for line in fact_lines(facts):
+        out.line(line)
 
 
 def _value(value: Any) -> str:
     if isinstance(value, bool) or value is None or isinstance(value, Mapping | list):
-        return shorten(json.dumps(value), 200)
+        return shorten(json_text(value), 200)
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,21 +1,21 @@
 """What a new tensor is likely to resemble: the same tensor of a model that is stored already.
 
-A base is found by name (`--base`), as the value that a ref had before, or among the newest stored models whose
-tensors have the same names, dtypes and rows, judged on sampled bytes. Being wrong costs nothing but time: each chunk
-decides for itself whether a delta pays.
+A base is found by name (`--base`), as the value that a ref had before, or among the newest stored models that have the
+same large tensors (names, dtypes and rows; their number may differ), judged on sampled bytes. Being wrong costs nothing
+but time: each chunk decides for itself whether a delta pays.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from posixpath import dirname
 from typing import Final
 
 from llmos_cli.errors import LlmosError
 from llmos_cli.formats import codec, limits
-from llmos_cli.formats.ids import Buffer, ObjectId, object_id
+from llmos_cli.formats.ids import Buffer, ObjectId, checksum
 from llmos_cli.formats.manifest import Chunk, FileEntry, Manifest
 from llmos_cli.formats.tensors import TensorInfo, find_tensors
 from llmos_cli.store.handle import Store
@@ -26,8 +26,9 @@ _NEWEST: Final = 64  # refs that are looked at for a base
 _JUDGED: Final = 6  # of those that fit, how many are judged
 _SAMPLES: Final = 4
 _SAMPLE_BYTES: Final = 64 * limits.KiB
+_SMALL: Final = 0.02  # tensors below this share of the largest say nothing about a model
 _WORTH: Final = 0.9
-_FACT: Final = "layout"
+_FACT: Final = "tensors"
 
 Nearby = Callable[[int], Chunk | None]
 
@@ -89,9 +90,8 @@ def find_base(store: Store, files: Iterable[NewFile], *, first: ObjectId | None 
     samples = _samples(files)
     if not samples:
         return None
-    layout = _layout((file.name, file.tensors) for file in files)
-    best, best_size = None, _WORTH * sum(codec.encode(plain, words).size for _, words, plain in samples)
-    for oid in _candidates(store, layout, first):
+    best, best_size = None, _WORTH * sum(codec.encode(sample.plain, sample.words).size for sample in samples)
+    for oid in _candidates(store, {sample.mark for sample in samples}, first):
         try:
             base = open_base(store, oid)
             size = _delta_size(store, base, samples) if base else None
@@ -102,42 +102,57 @@ def find_base(store: Store, files: Iterable[NewFile], *, first: ObjectId | None 
     return best
 
 
-_Sample = tuple[tuple[str, str, int], codec.Words, memoryview]  # (folder, tensor, offset), how to read it, its bytes
+@dataclass(frozen=True)
+class _Sample:
+    """A run of bytes from `offset` on in one of the new tensors."""
+
+    folder: str
+    tensor: str
+    offset: int
+    mark: bytes
+    words: codec.Words
+    plain: memoryview
 
 
 def _samples(files: Sequence[NewFile]) -> list[_Sample]:
-    """A run from the middle of each of the largest tensors."""
+    """From the middle of each of the largest tensors."""
     tensors = [(file, tensor) for file in files for tensor in file.tensors if tensor.words.width]
     tensors.sort(key=lambda item: (item[1].start - item[1].end, item[1].name))
-    samples = []
+    samples: list[_Sample] = []
     for file, tensor in tensors[:_SAMPLES]:
         size = tensor.end - tensor.start
+        if samples and size < _SMALL * (tensors[0][1].end - tensors[0][1].start):
+            break
         offset = size // 2 // limits.CHUNK_BYTES * limits.CHUNK_BYTES
-        run = memoryview(file.read(tensor.start + offset, tensor.start + min(size, offset + _SAMPLE_BYTES)))
-        if run:
-            samples.append(((dirname(file.name), tensor.name, offset), tensor.words, run))
+        plain = memoryview(file.read(tensor.start + offset, tensor.start + min(size, offset + _SAMPLE_BYTES)))
+        if plain:
+            folder = dirname(file.name)
+            samples.append(_Sample(folder, tensor.name, offset, _mark(folder, tensor), tensor.words, plain))
     return samples
 
 
 def _delta_size(store: Store, base: Base, samples: Sequence[_Sample]) -> int | None:
     total = 0
-    for place, words, plain in samples:
-        chunk = base.chunk(*place)
+    for sample in samples:
+        chunk = base.chunk(sample.folder, sample.tensor, sample.offset)
         if chunk is None:
             return None
-        total += codec.encode_delta(plain, memoryview(read_object(store, chunk.id))[: len(plain)], words).size
+        before = memoryview(read_object(store, chunk.id))[: len(sample.plain)]
+        total += codec.encode_delta(sample.plain, before, sample.words).size
     return total
 
 
-def _candidates(store: Store, layout: ObjectId, first: ObjectId | None) -> list[ObjectId]:
-    """Manifests with this layout, the newest refs' first."""
+def _candidates(store: Store, marks: Set[bytes], first: ObjectId | None) -> list[ObjectId]:
+    """Manifests that have tensors with these marks, the newest refs' first."""
     newest = sorted(_readable_refs(store), key=lambda entry: entry.time, reverse=True)[:_NEWEST]
     ids = list(dict.fromkeys([*([first] if first else []), *(entry.id for entry in newest)]))
     known = store.index.facts(_FACT, ids)
-    fresh = {oid: _layout_of(store, oid) for oid in ids if oid not in known}
+    fresh: dict[bytes, bytes] = {oid: _marks_of(store, oid) for oid in ids if oid not in known}
     if fresh:
         store.index.add_facts(_FACT, fresh.items())
-    return [oid for oid in ids if (known.get(oid) or fresh.get(oid)) == layout][:_JUDGED]
+    every = known | fresh
+    fitting = (oid for oid in ids if marks <= {every[oid][at : at + 8] for at in range(0, len(every[oid]), 8)})
+    return list(islice(fitting, _JUDGED))
 
 
 def _readable_refs(store: Store) -> Iterator[RefEntry]:
@@ -148,22 +163,18 @@ def _readable_refs(store: Store) -> Iterator[RefEntry]:
                 yield entry
 
 
-def _layout_of(store: Store, oid: ObjectId) -> bytes:
+def _marks_of(store: Store, oid: ObjectId) -> bytes:
     try:
-        tables = [(entry.path, found) for entry, found in _tables(store, read_manifest(store, oid))]
+        tables = list(_tables(store, read_manifest(store, oid)))
     except LlmosError:
         return b""
-    return _layout(tables) if tables else b""
+    return b"".join(sorted(_mark(dirname(entry.path), tensor) for entry, tensors in tables for tensor in tensors))
 
 
-def _layout(tables: Iterable[tuple[str, Sequence[TensorInfo]]]) -> ObjectId:
-    """What models with the same tensors have in common; the number of rows may differ (a vocabulary that grew)."""
-    lines = sorted(
-        f"{dirname(path)}\0{tensor.name}\0{tensor.dtype}\0{tensor.shape[1:]}"
-        for path, tensors in tables
-        for tensor in tensors
-    )
-    return object_id("\n".join(lines).encode())
+def _mark(folder: str, tensor: TensorInfo) -> bytes:
+    """8 bytes for what two tensors have in common that may rest on each other; the number of rows may differ (a
+    vocabulary that grew)."""
+    return checksum(f"{folder}\0{tensor.name}\0{tensor.dtype}\0{tensor.shape[1:]}".encode()).to_bytes(8, "little")
 
 
 def _tables(store: Store, manifest: Manifest) -> Iterable[tuple[FileEntry, Sequence[TensorInfo]]]:

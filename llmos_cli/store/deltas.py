@@ -1,7 +1,7 @@
 """Whether a chunk is stored as a delta, and on which base.
 
-Chains stay short, since reading one costs its length: a base at the end of a full chain is left for the one that it
-rests on itself.
+Chains stay short, since reading one costs its length: a delta rests on a chunk that is stored whole. Where the base is
+a delta itself, the one below it is taken, until the distance has grown so far that it is better to start anew.
 """
 
 import threading
@@ -15,9 +15,10 @@ from llmos_cli.formats.manifest import Chunk
 from llmos_cli.store.handle import Store
 from llmos_cli.store.objects import read_object_into
 
-CHAIN: Final = 3  # the greatest depth that is written
+CHAIN: Final = 1  # the greatest depth that is written; reading a delta takes about twice as long as its base
 _MIN_BYTES: Final = 1024  # below this a header costs more than a delta saves
 _WORTH: Final = 0.9  # of what the chunk takes without a base
+_WORTH_AFAR: Final = 0.6  # on a base further back: stored whole, the chunk would serve what comes next as a near base
 _SAMPLES: Final = 4
 _SAMPLE_BYTES: Final = 16 * limits.KiB
 
@@ -42,16 +43,17 @@ def encode_delta(
     found = _in_chain(store, base)
     if found is None or found[0].id == oid:
         return None
+    worth = _WORTH if found[0].id == base.id else _WORTH_AFAR
     base, depth = found
     before = _room(base.size)
     try:
         read_object_into(store, base.id, before)
     except Damaged:
         return None
-    if not _pays(plain, before, words):
+    if not _pays(plain, before, words, worth):
         return None
     encoded = codec.encode_delta(plain, before, words, room)
-    return Delta(encoded, base.id, depth + 1) if encoded.size < _WORTH * len(plain) else None
+    return Delta(encoded, base.id, depth + 1) if encoded.size < worth * len(plain) else None
 
 
 def _in_chain(store: Store, base: Chunk) -> tuple[Chunk, int] | None:
@@ -69,7 +71,7 @@ def _in_chain(store: Store, base: Chunk) -> tuple[Chunk, int] | None:
         base = Chunk(entry.base, below[0].entry.plain_size)
 
 
-def _pays(plain: memoryview, base: memoryview, words: codec.Words) -> bool:
+def _pays(plain: memoryview, base: memoryview, words: codec.Words, worth: float) -> bool:
     """Judged on a few runs of words from all over the chunk."""
     common = min(len(plain), len(base)) // 16 * 16
     if common > 2 * _SAMPLES * _SAMPLE_BYTES:
@@ -79,7 +81,7 @@ def _pays(plain: memoryview, base: memoryview, words: codec.Words) -> bool:
             memoryview(b"".join(data[start : start + _SAMPLE_BYTES] for start in starts)) for data in (plain, base)
         )
     size: int = codec.encode_delta(plain, base, words).size
-    return size < _WORTH * codec.encode(plain, words).size
+    return size < worth * codec.encode(plain, words).size
 
 
 def _room(size: int) -> memoryview:

@@ -106,6 +106,14 @@ def test_a_vocabulary_that_grew_rests_on_the_rows_in_common(shelf: Shelf) -> Non
     assert shelf.reads_back("grown", grown)
 
 
+def test_a_fine_tune_with_other_small_tensors_in_other_files_finds_its_base(shelf: Shelf) -> None:
+    shelf.add("base", weights())
+    tuned = trained(weights(), 1)
+    tuned["head.bias"] = tuned.pop("layer.bias")
+    commit = shelf.add("tuned", tuned, name="model-00001-of-00001.safetensors")
+    assert commit.stored < 0.35 * commit.size
+
+
 def test_only_what_changed_takes_space(shelf: Shelf) -> None:
     first = weights()
     merged = dict(first)
