@@ -32,7 +32,7 @@ FLOORS = {
     "__main__": 8,
 }
 TORCH_ROOMS = {"models", "data", "train", "quantize", "export", "serve"}
-HEAVY = {"torch", "transformers", "accelerate", "fastapi", "uvicorn", "numpy", "rich", "sqlite3", "zstandard"}
+HEAVY = {"torch", "transformers", "accelerate", "fastapi", "uvicorn", "numba", "numpy", "rich", "sqlite3", "zstandard"}
 
 
 @cache
@@ -146,6 +146,7 @@ OWNERS = {
     "blake3": ("formats/ids.py", "ids must come from one place"),
     "xxhash": ("formats/ids.py", "checksums must come from one place"),
     "zstandard": ("formats/codec.py", "one codec decides parameters and limits"),
+    "numba": ("formats/delta.py", "it costs half a second to import, and numpy must be able to stand in"),
     "rich": ("ui/", "one place draws, so that everything else works without a terminal"),
     "typer": (("app.py", "commands/", "ui/session.py"), "below the commands nobody knows how llmos is called"),
     "sqlite3": ("store/index.py", "the index is a cache behind one door"),

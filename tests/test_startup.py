@@ -11,6 +11,7 @@ from llmos_cli.app import GROUPS, VERBS
 HEAVY = (
     "accelerate",
     "fastapi",
+    "numba",
     "numpy",
     "rich",
     "safetensors",
