@@ -7,6 +7,7 @@ already marked the lost pages clean (ATC'20, "Can Applications Recover from fsyn
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from collections import OrderedDict
@@ -23,6 +24,8 @@ from llmos_cli.formats.names import check_path
 TEMP_PREFIX: Final = ".tmp-"
 _TRIES: Final = 20
 _OPEN_FOLDERS: Final = 2 * limits.PATH_DEPTH
+_FICLONE: Final = 0x40049409  # <linux/fs.h>: share another file's blocks, copy-on-write
+_REAL_TROUBLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # not just "cannot be done here"
 
 
 def temp_path(folder: Path) -> Path:
@@ -89,6 +92,64 @@ def publish_new(temp: Path, target: Path) -> bool:
         return won
 
 
+def clone_file(source: int, temp: Path) -> str | None:
+    """Make `temp` a new file with the bytes of an open one, sharing its blocks until either changes. Returns why that
+    cannot be done, None if it is."""
+    with _reporting(f"writing {temp}"):
+        fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        done = False
+        try:
+            fcntl.ioctl(fd, _FICLONE, source)
+            done = True
+        except OSError as exc:
+            if exc.errno in _REAL_TROUBLE:
+                raise
+            return _refusal(exc)
+        finally:
+            os.close(fd)
+            if not done:
+                with contextlib.suppress(OSError):
+                    os.unlink(temp)
+    return None
+
+
+def link_file(source: Path, temp: Path) -> str | None:
+    """Give a file the further name `temp`. Returns why that cannot be done, None if it is."""
+    with _reporting(f"linking {source}"):
+        try:
+            os.link(source, temp)
+        except OSError as exc:
+            if exc.errno in (*_REAL_TROUBLE, errno.ENOENT):
+                raise
+            return _refusal(exc)
+    return None
+
+
+def seal(path: Path, mode: int | None) -> None:
+    """Make the bytes of a file that others have written durable, and its mode if one is given."""
+    with _reporting(f"writing {path}"):
+        if mode is not None:
+            os.chmod(path, mode)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def publish_shared(temp: Path, target: Path) -> None:
+    """Like `publish`, for a name that may be one more of the very file that is at `target` already: rename(2) then
+    leaves both."""
+    publish(temp, target)
+    remove(temp)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Change who may do what with a file."""
+    with _reporting(f"changing the mode of {path}"):
+        os.chmod(path, mode)
+
+
 def write_file(path: Path, data: Buffer) -> None:
     """Replace `path` by `data` as a whole."""
     temp = temp_path(path.parent)
@@ -136,7 +197,7 @@ def move(source: Path, target: Path) -> bool:
                 raise
             return False
         _sync_folder(target.parent)
-        _sync_folder(source.parent)
+        _sync_nearest(source.parent)
         return True
 
 
@@ -292,6 +353,16 @@ def _open_new(path: str, flags: int) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
+def _refusal(exc: OSError) -> str:
+    if exc.errno == errno.EXDEV:
+        return "it is on another file system"
+    if exc.errno in (errno.EPERM, errno.EACCES):
+        return "the system does not allow it"
+    if exc.errno == errno.EMLINK:
+        return "it has as many names as a file can have"
+    return "the file system cannot"
+
+
 def _link(temp: Path, target: Path) -> bool:
     try:
         os.link(temp, target)
@@ -321,6 +392,14 @@ def _sync_folder(path: Path) -> None:
         _sync_folder_fd(fd)
     finally:
         os.close(fd)
+
+
+def _sync_nearest(path: Path) -> None:
+    """Make the names in a folder durable or, if somebody has removed it since, the removal."""
+    try:
+        _sync_folder(path)
+    except FileNotFoundError:
+        _sync_nearest(path.parent)
 
 
 def _sync_folder_fd(fd: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmos_cli.errors import Damaged, NoSpace, NotFound
+from llmos_cli.formats import limits
 from llmos_cli.formats.frame import check_payload, encode_header
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.pack import Entry
@@ -177,13 +178,17 @@ def _alone(store: Store) -> Iterator[None]:
 
 
 def _homes(store: Store, live: set[ObjectId], present: Iterable[ObjectId]) -> dict[tuple[ObjectId, int], ObjectId]:
-    """For each live object (and kind of frame) the one pack that keeps it; further copies are dead weight."""
-    homes: dict[tuple[ObjectId, int], ObjectId] = {}
-    for name in sorted(present):
+    """For each live object (and kind of frame) the one pack that keeps it; further copies are dead weight.
+
+    The least deep copy stays: what rests on the object may need it.
+    """
+    homes: dict[tuple[ObjectId, int], tuple[int, ObjectId]] = {}
+    for name in present:
         for entry in store.index.entries(name):
             if entry.id in live:
-                homes.setdefault((entry.id, entry.kind), name)
-    return homes
+                key, copy = (entry.id, entry.kind), (entry.depth, name)
+                homes[key] = min(homes.get(key, copy), copy)
+    return {key: name for key, (_, name) in homes.items()}
 
 
 def _rewrite(store: Store, plan: PackPlan) -> bool:
@@ -218,29 +223,32 @@ def _trash(store: Store, pack: PackPlan) -> int:
 
 def _restore_needed(store: Store, ready: set[ObjectId]) -> int:
     """Look again: a pack leaves the trash if something alive in it is nowhere else. The other copies of what is in a
-    pack that is `ready` to be unlinked are proven."""
+    pack that is `ready` to be unlinked are proven, and no deeper."""
     waiting = list_packs(store.trash)
     live = reachable(store, find_roots(store, since=time.time() - store.config.gc.keep_days * _DAY_SECONDS))
-    whole: set[ObjectId] = set()  # copies outside the trash, proven
+    whole: dict[ObjectId, int] = {}  # the depths that copies outside the trash, proven, do not exceed
     for name, path in waiting.items():
         try:
             content = read_pack(path)
         except NotFound:
             continue
-        for oid in {entry.id for entry in content.entries} & live - whole:
-            if not (_has_whole_copy(store, oid) if name in ready else find_holder(store, oid)):
+        for entry in content.entries:
+            if entry.id not in live or whole.get(entry.id, limits.DELTA_DEPTH + 1) <= entry.depth:
+                continue
+            if not (_has_whole_copy(store, entry) if name in ready else find_holder(store, entry.id)):
                 restore_pack(store, name, path, content)
                 break
             if name in ready:
-                whole.add(oid)
+                whole[entry.id] = entry.depth
     return sum(store.pack_path(name).exists() for name in waiting)  # reading manifests brings some back as well
 
 
-def _has_whole_copy(store: Store, oid: ObjectId) -> bool:
-    for location in store.index.locate(oid):
-        with contextlib.suppress(Damaged, FileNotFoundError):
-            verify_frame(store, store.pack_path(location.pack), location.entry)
-            return location.entry.id == oid
+def _has_whole_copy(store: Store, entry: Entry) -> bool:
+    for location in store.index.locate(entry.id):
+        if location.entry.depth <= entry.depth:
+            with contextlib.suppress(Damaged, FileNotFoundError):
+                verify_frame(store, store.pack_path(location.pack), location.entry)
+                return True
     return False
 
 

@@ -186,6 +186,16 @@ class Index:
             return [_entry(row) for row in cursor.execute(query, (pack,))]
 
     @_healing
+    def marks(self) -> dict[ObjectId, tuple[int, int]]:
+        """The indexed packs: for each its size and what `mark_of` would give for its entries. One pass over all."""
+        with self._cursor() as cursor:
+            sums: dict[int, int] = {}
+            for number, *row in cursor.execute(f"SELECT o.pack, {_ROW} FROM objects o"):
+                sums[number] = sums.get(number, 0) + hash(tuple(row))
+            rows = cursor.execute("SELECT number, name, size FROM packs")
+            return {_id(name): (size, sums.get(number, 0)) for number, name, size in rows}
+
+    @_healing
     def stored_sizes(self) -> dict[ObjectId, int]:
         """What each object takes in packs, all its copies together, in bytes."""
         with self._cursor() as cursor:
@@ -200,12 +210,15 @@ class Index:
         """The bases that stored deltas among `objects` rest on, and theirs in turn."""
         with self._cursor() as cursor:
             rows = cursor.execute("SELECT id, base FROM objects WHERE depth > 0")
-            base_of = {_id(oid): _id(base) for oid, base in rows}
+            bases_of: dict[ObjectId, set[ObjectId]] = {}
+            for oid, base in rows:  # copies of one object may rest on different bases
+                bases_of.setdefault(_id(oid), set()).add(_id(base))
         found: set[ObjectId] = set()
-        for oid in objects:
-            while oid in base_of and base_of[oid] not in found:
-                oid = base_of[oid]  # noqa: PLW2901
-                found.add(oid)
+        waiting = list(objects)
+        while waiting:
+            fresh = bases_of.get(waiting.pop(), set()) - found
+            found |= fresh
+            waiting += fresh
         return found
 
     @_healing
@@ -341,6 +354,11 @@ class Index:
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return Busy(f"the index {self._path} is locked by another process", hint="run the command again")
         return _Unusable(str(exc), keep=code in _NO_FILE)
+
+
+def mark_of(entries: Iterable[Entry]) -> int:
+    """A number that entries in any order have in common with no others; it holds in this process only."""
+    return sum(map(hash, entries))
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:

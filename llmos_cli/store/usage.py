@@ -7,7 +7,7 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import RefName
 from llmos_cli.store.handle import Store
 from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.packs import list_packs
+from llmos_cli.store.packs import list_packs, total_size
 from llmos_cli.store.reach import objects_of
 from llmos_cli.store.refs import list_refs
 
@@ -48,7 +48,7 @@ def usage(store: Store) -> Usage:
         manifest = read_manifest(store, entry.id)
         objects[entry.ref] = set(objects_of(entry.id, manifest))
         facts[entry.ref] = (entry.id, manifest.kind, manifest.size)
-    packs = [path.stat().st_size for path in list_packs(store.packs).values()]
+    packs = list_packs(store.packs).values()
     stored = store.index.stored_sizes()
     users = Counter(oid for ids in objects.values() for oid in ids)
     refs = tuple(
@@ -61,7 +61,7 @@ def usage(store: Store) -> Usage:
         for ref, ids in objects.items()
     )
     needed = sum(stored.get(oid, 0) for oid in users)
-    trash = sum(path.stat().st_size for path in list_packs(store.trash).values())
+    trash = total_size(list_packs(store.trash).values())
     logical = sum(ref.logical for ref in refs)
-    physical = sum(packs)
+    physical = total_size(packs)
     return Usage(refs, logical, needed, physical, max(0, physical - needed), trash, len(packs))

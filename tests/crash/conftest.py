@@ -11,12 +11,21 @@ import pytest
 
 @pytest.fixture(scope="session")
 def harness() -> ModuleType:
-    """`harness.py` beside this file; tests are no package, so it cannot be imported by name."""
-    spec = importlib.util.spec_from_file_location("crash_harness", Path(__file__).with_name("harness.py"))
+    return _beside("harness")
+
+
+@pytest.fixture(scope="session")
+def tracing() -> ModuleType:
+    return _beside("tracer")
+
+
+def _beside(name: str) -> ModuleType:
+    """A module beside this file; tests are no package, so it cannot be imported by name."""
+    spec = importlib.util.spec_from_file_location(f"crash_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["crash_harness"] = module
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 

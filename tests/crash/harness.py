@@ -4,20 +4,22 @@
 
 - `killed_at(k, work)` forks a child that leaves by `os._exit` just before its k-th step (at a write: half-way through).
   What it did before is all there, as after SIGKILL or a panic of the program.
-- `failing_at(k, error, work)` lets the k-th step fail, as a full or a bad disk does.
+- `failing_at(k, error, work)` lets the k-th step fail, as a bad disk does, or a full one, which stays full; the process
+  goes on.
 - `record(work)` runs the work and notes its steps; `power_losses` then makes, for every moment in between, the folders
   that a power loss may leave behind: bytes that were not fsynced are gone, and so are names whose folder was not
   fsynced, in several mixtures, because a disk may keep any of them.
 - `misordered` reads the notes and says where a name was given before its bytes were durable.
 """
 
+import errno
 import os
 import shutil
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +29,7 @@ from llmos_cli.store import durable
 
 KILLED: Final = 99
 STEPS: Final = {"writev", "fsync", "chmod", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "utime"}
+GROWING: Final = {"open", "writev", "fsync", "link", "mkdir"}  # what a full disk refuses
 MOST_STEPS: Final = 2000
 VOLATILE: Final = "leases"  # the one folder whose files need not survive
 
@@ -133,24 +136,40 @@ class _Countdown:
 # ---------------------------------------------------------------------------------------------- fail
 
 
-def failing_at(number: int, error: int, work: Work) -> bool:
-    """Do `work` while its step `number` fails; False if it has fewer. Whatever it raises must be an error of ours."""
-    countdown = _Failure(number, error)
-    with watched(countdown), suppress(LlmosError):
-        work()
-    return countdown.left <= 0
+@dataclass(frozen=True)
+class Outcome:
+    """What became of work of which one step failed: the step, "" if it has fewer, and what was raised, if anything."""
+
+    step: str
+    raised: LlmosError | None
+
+
+def failing_at(number: int, error: int, work: Work) -> Outcome:
+    """Do `work` while its step `number` fails, and with ENOSPC every later one that needs room as well. Whatever it
+    raises must be an error of ours."""
+    failure = _Failure(number, error)
+    raised: LlmosError | None = None
+    with watched(failure):
+        try:
+            work()
+        except LlmosError as exc:
+            raised = exc
+    return Outcome(failure.step, raised)
 
 
 class _Failure:
     def __init__(self, left: int, error: int) -> None:
-        self.left = left
+        self.step = ""
+        self._left = left
         self._error = error
         self._lock = threading.Lock()
 
     def __call__(self, name: str, real: Callable[..., Any], *args: Any, **more: Any) -> Any:
         with self._lock:
-            self.left -= 1
-            if self.left == 0:
+            self._left -= 1
+            if self._left == 0:
+                self.step = name
+            if self._left == 0 or (self._left < 0 and self._error == errno.ENOSPC and name in GROWING):
                 raise OSError(self._error, os.strerror(self._error))
         return None if name == "fsync" else real(*args, **more)
 
