@@ -16,7 +16,7 @@ _llmos_spec() {
             places=(dirs)
             ;;
         "add")
-            opts=(--base --rehash --dry-run --store --json --quiet -q --verbose -v --help -h)
+            opts=(--base --adopt --rehash --dry-run --store --json --quiet -q --verbose -v --help -h)
             valued=(--base --store)
             places=(files)
             rest="files refs"
@@ -68,8 +68,8 @@ _llmos_spec() {
             valued=(--grace --store)
             ;;
         "fsck")
-            opts=(--quick --reindex --store --json --quiet -q --verbose -v --help -h)
-            valued=(--store)
+            opts=(--quick --repair --from --reindex --store --json --quiet -q --verbose -v --help -h)
+            valued=(--from --store)
             ;;
         "push")
             opts=(--all --force --dry-run --store --json --quiet -q --verbose -v --help -h)
@@ -159,6 +159,7 @@ _llmos_value() {
     case "$1 $2" in
         " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store") kind=dirs ;;
         "add --base" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data") kind=refs ;;
+        "fsck --from") kind="remotes dirs" ;;
         "shard --tokenizer") kind="refs dirs" ;;
         "train --config") kind=files ;;
         "train --precision") kind="words fp32 bf16" ;;

@@ -117,6 +117,7 @@ complete -c llmos -n '__llmos_at init' -l help -s h -d 'Show help and exit.'
 # llmos add
 complete -c llmos -n '__llmos_at add' -F -a '(__llmos_refs)'
 complete -c llmos -n '__llmos_at add' -l base -r -f -a '(__llmos_refs)' -d 'The model these weights came from.  [default: found by itself]'
+complete -c llmos -n '__llmos_at add' -l adopt -d 'Do not copy: share the bytes of files where the file system can.'
 complete -c llmos -n '__llmos_at add' -l rehash -d 'Read files again that seem untouched.'
 complete -c llmos -n '__llmos_at add' -l dry-run -d 'Only say what would be added.'
 complete -c llmos -n '__llmos_at add' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
@@ -208,6 +209,8 @@ complete -c llmos -n '__llmos_at gc' -l help -s h -d 'Show help and exit.'
 
 # llmos fsck
 complete -c llmos -n '__llmos_at fsck' -l quick -d 'Only the structure, not every byte.'
+complete -c llmos -n '__llmos_at fsck' -l repair -d 'Restore what is damaged or missing; deletes nothing.'
+complete -c llmos -n '__llmos_at fsck' -l from -r -f -a '(__llmos_remotes) (__fish_complete_directories)' -d 'Repair from this remote or store.  [default: all remotes]'
 complete -c llmos -n '__llmos_at fsck' -l reindex -d 'First rebuild the index from the packs.'
 complete -c llmos -n '__llmos_at fsck' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at fsck' -l json -d 'One JSON object on stdout.'

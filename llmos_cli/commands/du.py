@@ -57,6 +57,7 @@ def du(
             "other": found.other,
             "trash": found.trash,
             "packs": found.packs,
+            "adopted": found.adopted,
         }
     )
     if shown:
@@ -69,6 +70,8 @@ def du(
     if found.logical:
         share = f" ({percent(found.needed, found.logical)})" if found.needed < found.logical else ""
         here.out.line(f"{size(found.logical)} of files in {size(found.needed)}{share}")
+    if found.adopted:
+        here.out.line(f"{size(found.adopted)} of the store is adopted files, which may share their bytes with others")
     if found.other:
         here.out.line(f"{size(found.other)} more for earlier values of refs and what nothing needs")
     if found.trash:

@@ -55,6 +55,8 @@ def gc(
         "waiting_bytes": plan.waiting_bytes,
         "trashed_bytes": done.trashed_bytes if done else plan.trashed_bytes,
         "freed_bytes": done.freed_bytes if done else plan.freed_bytes + at_once,
+        "orphans": [{"file": str(orphan.name), "freed": orphan.size} for orphan in plan.orphans],
+        "released_files": done.released if done else 0,
         "restored_packs": done.restored if done else 0,
         "writers": plan.writers,
     }
@@ -67,9 +69,11 @@ def gc(
         here.out.line(f"  {text}")
     if done and done.restored:
         here.out.say(f"{plural(done.restored, 'pack')} came back from the trash: somebody needs them again")
+    if done and done.released and any(orphan.size == 0 for orphan in plan.orphans):
+        here.out.say("adopted files that have other names stay there, read-only: chmod u+w makes them writable")
     if plan.writers:
         here.out.say(f"{plural(plan.writers, 'command')} at work in this store: nothing is unlinked meanwhile")
-    if dry_run and (plan.trash or plan.rewrite or plan.unlink or plan.temporary):
+    if dry_run and (plan.trash or plan.rewrite or plan.unlink or plan.orphans or plan.temporary):
         here.out.hint("llmos gc does it")
 
 
@@ -80,6 +84,7 @@ def _details(plan: "GcPlan") -> list[str]:
         (len(plan.trash), f"{plural(len(plan.trash), 'pack')} {gone}: nothing in them is needed"),
         (len(plan.rewrite), f"{plural(len(plan.rewrite), 'pack')} rewritten: most of them is not needed"),
         (len(plan.unlink), f"{plural(len(plan.unlink), 'pack')} unlinked: in the trash for {wait} or longer"),
+        (len(plan.orphans), f"{plural(len(plan.orphans), 'adopted file')} let go: nothing needs it any more"),
         (len(plan.temporary), f"{plural(len(plan.temporary), 'leftover')} of interrupted commands removed"),
         (plan.kept_bytes, f"{size(plan.kept_bytes)} not needed, but younger than {wait} or not worth a rewrite"),
         (plan.waiting_bytes, f"{size(plan.waiting_bytes)} wait in the trash for their {wait}"),

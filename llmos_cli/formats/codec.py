@@ -8,6 +8,8 @@ zstd frame that is little more than a Huffman coder: no preset level is as small
 `delta` is planes of the differences to a base chunk (delta.py makes them). Where its words are grouped, a zstd block
 ends with every group, so that each has a Huffman table of its own.
 
+`adopted` is no coding: such a frame says where in a file that the store has adopted the bytes lie (adopted.py).
+
 Decoding never trusts a size: what a zstd frame declares is compared with what the frame header promises before
 anything is allocated (python-zstandard ignores `max_output_size` when the frame declares its own).
 """
@@ -29,7 +31,8 @@ RAW: Final = 0
 ZSTD: Final = 1
 PLANES: Final = 2
 DELTA: Final = 3
-CODEC_NAMES: Final = {RAW: "raw", ZSTD: "zstd", PLANES: "planes", DELTA: "delta"}
+ADOPTED: Final = 4
+CODEC_NAMES: Final = {RAW: "raw", ZSTD: "zstd", PLANES: "planes", DELTA: "delta", ADOPTED: "adopted"}
 
 _PLANE = struct.Struct("<B3xI")  # method (0 raw, 1 zstd), stored bytes
 _WORTH: Final = 0.97  # a codec must save 3 % to be used
@@ -135,6 +138,11 @@ def decode(
             raise ValueError("a delta cannot be read without its base")
         planes, whole = _unpacked(width, rotated, payload, out)
         add(planes, base, rotated, whole)
+    elif codec == ADOPTED:
+        raise Damaged(
+            "its bytes lie in a file that a store has adopted, not here",
+            hint="push from that store to a remote: the bytes themselves are sent",
+        )
     else:
         raise UnknownVersion(f"codec {codec} is unknown", hint="use a newer llmos")
 

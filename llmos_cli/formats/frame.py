@@ -10,6 +10,7 @@ from typing import Final
 
 from llmos_cli.errors import Damaged, UnknownVersion
 from llmos_cli.formats import codec, limits
+from llmos_cli.formats.adopted import PLACE_BYTES
 from llmos_cli.formats.ids import NO_ID, Buffer, ObjectId, checksum, object_id
 
 MAGIC: Final = b"LLMF"
@@ -22,11 +23,13 @@ MANIFEST: Final = 2
 _HEADER = struct.Struct("<4s BBBB BBBB I I 8x Q 32s 32s 20x")
 _CHECK = struct.Struct("<Q")
 HEADER_BYTES: Final = _HEADER.size + _CHECK.size
+_NOTHING: Final = bytes(20)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The header of a frame. Sizes are bytes; `base` and `depth` are set for delta frames only."""
+    """The header of a frame. Sizes are bytes; `depth` is set for delta frames only, `base` for them (the object they
+    change) and for adopted ones (the file)."""
 
     kind: int
     codec: int
@@ -47,7 +50,7 @@ def plain_limit(kind: int) -> int:
 def new_frame(
     kind: int, oid: ObjectId, plain_size: int, encoded: codec.Encoded, base: ObjectId = NO_ID, depth: int = 0
 ) -> Frame:
-    """The header of an encoded object; `base` and `depth` are a delta's."""
+    """The header of an encoded object; `base` and `depth` are a delta's, `base` alone an adopted chunk's."""
     return Frame(
         kind,
         encoded.codec,
@@ -105,13 +108,44 @@ def decode_header(data: Buffer) -> Frame:
     frame = Frame(kind, codec_id, width, bool(rotated), depth, plain, payload, check, ObjectId(oid), ObjectId(base))
     if plain > plain_limit(kind) or payload > plain_limit(kind) or reserved or rotated > 1:
         raise Damaged("a frame header is outside the declared limits")
-    if (codec_id == codec.DELTA) != (depth > 0) or (depth == 0) != (base == NO_ID) or depth > limits.DELTA_DEPTH:
+    if not rests_fit(codec_id, depth, frame.base) or depth > limits.DELTA_DEPTH:
         raise Damaged("a frame header has a base or depth that does not fit its codec")
-    if (width == 0) != (codec_id in (codec.RAW, codec.ZSTD)) or rotated > (width > 1):
+    if codec_id == codec.ADOPTED:
+        if kind != CHUNK or payload != PLACE_BYTES or width not in (0, 1, 2, 4, 8):
+            raise Damaged("a frame header of an adopted chunk has fields that cannot be")
+    elif (width == 0) != (codec_id in (codec.RAW, codec.ZSTD)):
+        raise Damaged("a frame header has words that do not fit its codec")
+    if rotated > (width > 1):
         raise Damaged("a frame header has words that do not fit its codec")
     if encode_header(frame) != bytes(data[:HEADER_BYTES]):
         raise Damaged("a frame header has bytes set that must be zero")
     return frame
+
+
+def rests_fit(codec_id: int, depth: int, base: ObjectId) -> bool:
+    """Whether a frame of this codec may have this depth and base: a delta has both, an adopted chunk only a base (the
+    file it lies in), any other neither."""
+    return (codec_id == codec.DELTA) == (depth > 0) and (codec_id in (codec.DELTA, codec.ADOPTED)) == (base != NO_ID)
+
+
+def header_lists(data: Buffer, at: int, listed: tuple[ObjectId, ObjectId, int, int, int, int, int]) -> bool:
+    """Whether the header at `at` surely stands and says what an index lists: id, base, payload and plain bytes, kind,
+    codec, depth. False wants a closer look (`decode_header`); it is not proof of damage. For checking many at once."""
+    end = at + _HEADER.size
+    magic, version, kind, codec_id, width, rotated, depth, hash_id, reserved, plain, payload, _, oid, base = (
+        _HEADER.unpack_from(data, at)
+    )
+    return (
+        (oid, base, payload, plain, kind, codec_id, depth) == listed
+        and (magic, version, hash_id, reserved) == (MAGIC, VERSION, HASH_BLAKE3, 0)
+        and _CHECK.unpack_from(data, end)[0] == checksum(data[at:end])
+        and data[at + 20 : at + 28] == _NOTHING[:8]
+        and data[end - 20 : end] == _NOTHING
+        and codec_id != codec.ADOPTED
+        and codec_id != codec.ADOPTED
+        and (width == 0) == (codec_id in (codec.RAW, codec.ZSTD))
+        and rotated <= (width > 1)
+    )
 
 
 def check_payload(frame: Frame, payload: Buffer) -> None:

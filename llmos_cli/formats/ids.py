@@ -23,6 +23,8 @@ _PREFIX = re.compile(r"[0-9a-f]{4,64}\Z")
 class ObjectId(bytes):
     """The 32 bytes of a BLAKE3-256 digest; `str()` gives the 64 hex digits, `.short` the first 12."""
 
+    __slots__ = ()  # there are millions
+
     def __new__(cls, digest: bytes) -> "ObjectId":
         if len(digest) != ID_BYTES:
             raise Damaged(f"an object id has {ID_BYTES} bytes, not {len(digest)}")

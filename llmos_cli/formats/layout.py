@@ -13,6 +13,7 @@ FORMAT_TEXT: Final = b"llmos 1\n"
 PACKS: Final = "packs"
 REFS: Final = "refs"
 PACK_SUFFIX: Final = ".pack"
+ADOPTED: Final = "adopted"
 _FORMAT = re.compile(rb"llmos ([!-~]{1,64})\n\Z")
 
 
@@ -30,6 +31,11 @@ def check_format(data: bytes) -> None:
 def pack_key(name: ObjectId) -> str:
     text = str(name)
     return f"{PACKS}/{text[:2]}/{text}{PACK_SUFFIX}"
+
+
+def adopted_key(name: ObjectId) -> str:
+    text = str(name)
+    return f"{ADOPTED}/{text[:2]}/{text}"
 
 
 def ref_key(ref: RefName, sequence: int) -> str:

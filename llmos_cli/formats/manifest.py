@@ -3,6 +3,7 @@
 A manifest's id is its version. It carries no time and no host, so that equal work gives an equal id.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -139,6 +140,18 @@ def decode_manifest(data: bytes) -> Manifest:
     if not isinstance(meta, dict):
         raise Damaged("manifest meta is not a table")
     return Manifest(top["kind"], entries, meta, None if top["recipe"] is None else _recipe_from_json(top["recipe"]))
+
+
+def listed_chunks(data: bytes) -> list[ObjectId]:
+    """The chunks of a manifest whose bytes are proven by its id, an order of magnitude faster than `decode_manifest`:
+    what is not as a writer of this version leaves it is read strictly."""
+    try:
+        top = json.loads(data)
+        if type(top["version"]) is int and top["version"] == VERSION:
+            return [ObjectId(bytes.fromhex(pair[0])) for entry in top["files"] for pair in entry["chunks"]]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, Damaged):
+        pass
+    return [chunk.id for entry in decode_manifest(data).files for chunk in entry.chunks]
 
 
 def _recipe_to_json(recipe: Recipe) -> dict[str, Json]:

@@ -6,12 +6,20 @@ reads: trailer, index, frame. Frames describe themselves, so an index of the who
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from llmos_cli.errors import Damaged, UnknownVersion
 from llmos_cli.formats import codec, limits
-from llmos_cli.formats.frame import CHUNK, HEADER_BYTES, MANIFEST, Frame, decode_header, plain_limit
+from llmos_cli.formats.frame import (
+    CHUNK,
+    HEADER_BYTES,
+    MANIFEST,
+    Frame,
+    decode_header,
+    header_lists,
+    plain_limit,
+    rests_fit,
+)
 from llmos_cli.formats.ids import NO_ID, Buffer, ObjectId, checksum
 
 MAGIC: Final = b"LLMPACK\x00"
@@ -30,9 +38,9 @@ TRAILER_SIZE: Final = _TRAILER.size + _TRAILER_END.size
 ENTRY_SIZE: Final = _ENTRY.size
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line of a pack's index. `offset` is where the frame's header starts in the pack."""
+class Entry(NamedTuple):
+    """One line of a pack's index; a tuple, since there are millions. `offset` is where the frame's header starts,
+    `base` a delta's base or the file that an adopted chunk lies in."""
 
     id: ObjectId
     base: ObjectId
@@ -131,6 +139,12 @@ def check_entry(entry: Entry, header: Buffer) -> Frame:
     return frame
 
 
+def lists_header(entry: Entry, data: Buffer, at: int) -> bool:
+    """Whether `data` surely has at `at` the frame header that an index line points to; False wants `check_entry`."""
+    oid, base, _, payload, plain, kind, codec_id, depth = entry
+    return header_lists(data, at, (oid, base, payload, plain, kind, codec_id, depth))
+
+
 def check_padding(entry: Entry, data: Buffer) -> None:
     """Padding after a frame must be zero; `data` is what lies between its payload and the next frame."""
     if any(bytes(data)):
@@ -143,7 +157,8 @@ def _entry(fields: tuple[bytes, bytes, int, int, int, int, int, int, bytes]) -> 
         raise UnknownVersion("a pack's index has an entry of an unknown kind or codec", hint="use a newer llmos")
     if plain > plain_limit(kind) or payload > plain_limit(kind) or depth > limits.DELTA_DEPTH:
         raise Damaged("a pack's index has an entry outside the declared limits")
-    entry = Entry(ObjectId(oid), ObjectId(base), offset, payload, plain, kind, codec_id, depth)
-    if (codec_id == codec.DELTA) != (depth > 0) or (depth == 0) != (entry.base == NO_ID):
+    base_id = NO_ID if base == NO_ID else ObjectId(base)
+    entry = Entry(ObjectId(oid), base_id, offset, payload, plain, kind, codec_id, depth)
+    if not rests_fit(codec_id, depth, base_id):
         raise Damaged("a pack's index has an entry whose base does not fit its codec")
     return entry

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Final
 
 from llmos_cli.errors import Damaged, NotFound
+from llmos_cli.formats.codec import ADOPTED
 from llmos_cli.formats.frame import MANIFEST
 from llmos_cli.formats.ids import ObjectId, parse_id
 from llmos_cli.formats.layout import PACK_SUFFIX, PACKS, pack_key
@@ -58,8 +59,15 @@ class Catalog:
         for name in sorted(self.packs):
             pack = self.packs[name]
             for entry in pack.entries:
-                found[entry.id] = (*found.get(entry.id, ()), Place(pack, entry))
+                if entry.codec != ADOPTED:
+                    found[entry.id] = (*found.get(entry.id, ()), Place(pack, entry))
         return found
+
+    @cached_property
+    def adopted(self) -> frozenset[ObjectId]:
+        """Objects that packs list but that cannot be had here: their bytes lie in files that a store has adopted."""
+        listed = (entry for pack in self.packs.values() for entry in pack.entries)
+        return frozenset(entry.id for entry in listed if entry.codec == ADOPTED) - self.objects.keys()
 
     def places(self, oid: ObjectId) -> tuple[Place, ...]:
         return self.objects.get(oid, ())

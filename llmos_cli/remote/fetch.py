@@ -109,7 +109,7 @@ def fetch(
     Raises BadPack at the first thing that proves wrong; what was proven by then is kept, so that a next try asks for
     less.
     """
-    base_of = partial(_base, store, transport, catalog)
+    base_of = partial(remote_base, store, transport, catalog)
     for depth in sorted({item.depth for item in fetches}):
         _fetch(store, transport, [item for item in fetches if item.depth == depth], base_of, installed, task)
 
@@ -242,13 +242,13 @@ def _prove(entry: Entry, data: memoryview, base_of: BaseReader) -> Proven:
     return Proven(frame, header, payload)
 
 
-def _base(store: Store, transport: Transport, catalog: Catalog, delta: Entry) -> memoryview:
+def remote_base(store: Store, transport: Transport, catalog: Catalog, delta: Entry) -> memoryview:
     """The base of a delta, from the store or from the remote."""
     try:
         return indexed_base(store, delta)
     except Damaged as exc:
         problem: Damaged = exc
-    base_of = partial(_base, store, transport, catalog)
+    base_of = partial(remote_base, store, transport, catalog)
     for place in catalog.places(delta.base):
         if place.entry.depth < delta.depth:
             try:

@@ -13,6 +13,7 @@ from typing import Final
 
 from llmos_cli.errors import Conflict, Damaged, LlmosError, NoSpace, NotFound
 from llmos_cli.formats import limits
+from llmos_cli.formats.codec import ADOPTED
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName
@@ -226,7 +227,8 @@ def _plan_fetches(
 
 def _plan_fetch(catalog: Catalog, name: ObjectId, entries: list[Entry]) -> Fetch:
     pack = catalog.packs[name]
-    if pack.intact and sum(entry.stored_size for entry in entries) >= _WHOLE_SHARE * pack.size:
+    worth = sum(entry.stored_size for entry in entries) >= _WHOLE_SHARE * pack.size
+    if pack.intact and worth and all(entry.codec != ADOPTED for entry in pack.entries):
         return Fetch(pack, pack.entries, True)
     return Fetch(pack, tuple(sorted(entries, key=lambda entry: entry.offset)), False)
 
@@ -273,6 +275,11 @@ def _check_space(store: Store, plan: PullPlan) -> None:
 
 
 def _absent(transport: Transport, catalog: Catalog, oid: ObjectId) -> Damaged:
+    if oid in catalog.adopted:
+        return Damaged(
+            f"object {oid.short} is not at {transport.url}: it lies in a file that was adopted by that store",
+            hint="push from that store to a remote: the bytes themselves are sent; then pull from there",
+        )
     why = "" if not catalog.unreadable else f", where {len(catalog.unreadable)} of its packs cannot be read"
     return Damaged(
         f"object {oid.short} is missing at {transport.url}{why}", hint="push it again from a store that is whole"

@@ -1,4 +1,7 @@
-"""Sending packs: which ones, made how, and the confirmation that they have arrived."""
+"""Sending packs: which ones, made how, and the confirmation that they have arrived.
+
+A chunk that lies in an adopted file is encoded on the way: the other side has no such file.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence, Set
@@ -9,17 +12,18 @@ from pathlib import Path
 from typing import Final
 
 from llmos_cli.errors import Damaged, NotFound, RemoteUnavailable
-from llmos_cli.formats import limits
-from llmos_cli.formats.frame import Frame, check_payload, encode_header
-from llmos_cli.formats.ids import ObjectId
+from llmos_cli.formats import codec, limits
+from llmos_cli.formats.codec import ADOPTED
+from llmos_cli.formats.frame import HEADER_BYTES, Frame, check_id, check_payload, encode_header, new_frame
+from llmos_cli.formats.ids import Buffer, ObjectId
 from llmos_cli.formats.layout import pack_key
-from llmos_cli.formats.pack import HEADER_SIZE, TRAILER_SIZE, Entry
+from llmos_cli.formats.pack import ENTRY_SIZE, HEADER_SIZE, TRAILER_SIZE, Entry, aligned
 from llmos_cli.progress import Task
 from llmos_cli.remote.catalog import Place, RemotePack, read_remote_pack
 from llmos_cli.remote.fetch import BadPack, prove_object
 from llmos_cli.remote.parallel import in_order
 from llmos_cli.remote.transport import Transport
-from llmos_cli.store.frames import indexed_base, read_frame
+from llmos_cli.store.frames import decode_read, indexed_base, read_frame
 from llmos_cli.store.handle import Store
 from llmos_cli.store.packs import PackWriter
 
@@ -44,7 +48,7 @@ class FreshPack:
 
     @property
     def size(self) -> int:
-        return HEADER_SIZE + TRAILER_SIZE + sum(entry.stored_size for _, entry in self.frames)
+        return HEADER_SIZE + TRAILER_SIZE + sum(_travel_size(entry) for _, entry in self.frames)
 
 
 Shipment = WholePack | FreshPack
@@ -57,14 +61,15 @@ def plan_shipments(store: Store, needed: Set[ObjectId], missing: Set[ObjectId]) 
         here = store.index.locate(oid)
         if not here:
             raise Damaged(f"object {oid.short} is missing from the store", hint="see what it affects: llmos fsck")
-        by_pack[here[0].pack].append(here[0].entry)
+        best = min(here, key=lambda copy: copy.entry.codec == ADOPTED)
+        by_pack[best.pack].append(best.entry)
     sizes = store.index.packs()
     whole: list[Shipment] = []
     frames: list[tuple[ObjectId, Entry]] = []
     for name in sorted(by_pack):
         entries = tuple(store.index.entries(name))
         worth = sum(entry.stored_size for entry in by_pack[name]) >= _WHOLE_SHARE * sizes[name]
-        if worth and all(entry.id in needed for entry in entries):
+        if worth and all(entry.id in needed and entry.codec != ADOPTED for entry in entries):
             whole.append(WholePack(name, sizes[name], entries))
         else:
             frames += [(name, entry) for entry in sorted(by_pack[name], key=lambda entry: entry.offset)]
@@ -100,11 +105,18 @@ def _fresh_packs(frames: Sequence[tuple[ObjectId, Entry]]) -> list[FreshPack]:
     """Cut at the target size, in an order that does not depend on what was sent before."""
     packs, start, size = [], 0, 0
     for number, (_, entry) in enumerate(frames):
-        if number > start and size + entry.stored_size > limits.PACK_TARGET_BYTES:
+        if number > start and size + _travel_size(entry) > limits.PACK_TARGET_BYTES:
             packs.append(FreshPack(tuple(frames[start:number])))
             start, size = number, 0
-        size += entry.stored_size
+        size += _travel_size(entry)
     return [*packs, FreshPack(tuple(frames[start:]))] if frames else []
+
+
+def _travel_size(entry: Entry) -> int:
+    """What a frame takes in a pack made for the journey; of an adopted chunk the most it can take."""
+    if entry.codec == ADOPTED:
+        return aligned(HEADER_BYTES + entry.plain_size) + ENTRY_SIZE
+    return entry.stored_size
 
 
 def _send_fresh(store: Store, transport: Transport, shipment: FreshPack, task: Task) -> RemotePack:
@@ -122,7 +134,11 @@ def _write_pack(store: Store, shipment: FreshPack) -> PackWriter:
     try:
         for pack, entry in shipment.frames:
             frame, payload = _read_whole(store.pack_path(pack), entry)
-            writer.append(frame, encode_header(frame), (payload,))
+            if frame.codec == ADOPTED:
+                frame, parts = _encoded(store, frame, payload)
+                writer.append(frame, encode_header(frame), parts)
+            else:
+                writer.append(frame, encode_header(frame), (payload,))
     except BaseException:
         writer.discard()
         raise
@@ -136,6 +152,15 @@ def _read_whole(path: Path, entry: Entry) -> tuple[Frame, memoryview]:
     except Damaged as exc:
         raise Damaged(exc.message, hint="see what it affects: llmos fsck") from exc
     return frame, payload
+
+
+def _encoded(store: Store, adopted: Frame, payload: memoryview) -> tuple[Frame, Sequence[Buffer]]:
+    """An adopted chunk as a frame that stands on its own."""
+    plain = memoryview(bytearray(adopted.plain_size))
+    decode_read(store, adopted, payload, plain)
+    check_id(adopted, plain)
+    encoded = codec.encode(plain, codec.Words(adopted.width, adopted.rotated))
+    return new_frame(adopted.kind, adopted.id, adopted.plain_size, encoded), encoded.parts
 
 
 def _confirm(store: Store, transport: Transport, pack: RemotePack) -> None:

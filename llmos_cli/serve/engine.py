@@ -44,7 +44,9 @@ class Engine:
             raise LlmosError(f"a {type(model).__name__} cannot generate text")
         config = model.config.get_text_config()
         self._model = model.eval()
-        self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+        known = inspect.signature(model.forward).parameters
+        self._last_only = "logits_to_keep" in known
+        self._cache_word = "cache" if "cache" in known else "past_key_values"  # its name until transformers 5.24
         self.context = _context(config)
         ends = _ids(getattr(config, "eos_token_id", None)) | _ids(model.generation_config.eos_token_id)
         self.encoder = Encoder(tokenizer, vocabulary=int(config.vocab_size), ends=ends)
@@ -133,7 +135,7 @@ class Engine:
     def _step(self, tokens: list[int], cache: DynamicCache) -> torch.Tensor:
         ids = torch.tensor([tokens], device=self._model.device)
         last = {"logits_to_keep": 1} if self._last_only else {}
-        logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **last).logits[0, -1]
+        logits = self._model(input_ids=ids, use_cache=True, **{self._cache_word: cache}, **last).logits[0, -1]
         # a padded vocabulary has rows that no token stands for
         row: torch.Tensor = logits[: self.encoder.size].float().cpu()
         return row

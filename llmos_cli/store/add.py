@@ -70,8 +70,9 @@ def execute_add(
     *,
     base: ObjectId | None = None,
     rehash: bool = False,
+    adopt: bool = False,
 ) -> Commit:
-    """Store the planned files as one manifest under `ref`.
+    """Store the planned files as one manifest under `ref`; with `adopt`, without a second copy where that can be.
 
     Tensors rest on the manifest `base`, or on whichever stored model they are found to resemble. Raises UsageError if
     `base` has no tensors.
@@ -80,7 +81,7 @@ def execute_add(
         progress.warn(f"skipped {path}: {reason}")
     with begin(store, purpose="adding", ref=ref, progress=progress, total=plan.total_bytes) as tx:
         tx.base = _explicit_base(store, base) if base else _find_base(tx, plan)
-        entries = tuple(tx.add_path(name, path, rehash=rehash) for name, path in plan.files)
+        entries = tuple(tx.add_path(name, path, rehash=rehash, adopt=adopt) for name, path in plan.files)
         count = f"{len(entries)} files" if len(entries) > 1 else entries[0].path
         return tx.commit(Manifest(plan.kind, entries), message=f"add {count}")
 

@@ -22,6 +22,7 @@ from llmos_cli.formats.ids import Buffer
 from llmos_cli.formats.names import check_path
 
 TEMP_PREFIX: Final = ".tmp-"
+LINK_SUFFIX: Final = ".link"  # of a temporary name for somebody else's file
 _TRIES: Final = 20
 _OPEN_FOLDERS: Final = 2 * limits.PATH_DEPTH
 _FICLONE: Final = 0x40049409  # <linux/fs.h>: share another file's blocks, copy-on-write

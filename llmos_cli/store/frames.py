@@ -1,4 +1,4 @@
-"""Reading one frame where it lies in a pack, with the bases it rests on.
+"""Reading one frame where it lies in a pack, with what it rests on: the base of a delta, the file of an adopted chunk.
 
 A delta is never followed to a copy of its base whose depth is not smaller than its own, so a chain ends, whatever the
 packs say. All memory but the caller's is this thread's own and used again and again: fresh pages for every chunk would
@@ -12,9 +12,11 @@ from pathlib import Path
 
 from llmos_cli.errors import Damaged, from_os_error
 from llmos_cli.formats import limits
-from llmos_cli.formats.frame import HEADER_BYTES, Frame, decode_payload, plain_limit
+from llmos_cli.formats.codec import ADOPTED
+from llmos_cli.formats.frame import HEADER_BYTES, Frame, check_payload, decode_payload, plain_limit
 from llmos_cli.formats.ids import object_id
 from llmos_cli.formats.pack import Entry, aligned, check_entry
+from llmos_cli.store.adopted import read_adopted
 from llmos_cli.store.handle import Store
 
 BaseReader = Callable[[Entry], memoryview]
@@ -53,11 +55,22 @@ def read_frame(path: Path, entry: Entry) -> tuple[Frame, memoryview]:
         raise type(exc)(f"object {entry.id.short}: {exc.message}", hint=exc.hint) from exc
 
 
-def decode_frame(path: Path, entry: Entry, out: memoryview, base_of: BaseReader) -> None:
+def decode_frame(store: Store, path: Path, entry: Entry, out: memoryview, base_of: BaseReader) -> None:
     """Fill `out`, which has the object's plain size, from the frame at `entry`. Raises as `read_frame` does."""
     base = base_of(entry) if entry.depth else None  # first: reading it uses the scratch memory
     frame, payload = read_frame(path, entry)
-    decode_payload(frame, payload, out, base)
+    decode_read(store, frame, payload, out, base)
+
+
+def decode_read(
+    store: Store, frame: Frame, payload: memoryview, out: memoryview, base: memoryview | None = None
+) -> None:
+    """Check a frame of this store that has been read and fill `out` from it; raises Damaged."""
+    if frame.codec == ADOPTED:
+        check_payload(frame, payload)
+        read_adopted(store, frame, payload, out)
+    else:
+        decode_payload(frame, payload, out, base)
 
 
 def verify_frame(store: Store, path: Path, entry: Entry) -> None:
@@ -65,7 +78,7 @@ def verify_frame(store: Store, path: Path, entry: Entry) -> None:
     if entry.plain_size > plain_limit(entry.kind):
         raise Damaged(f"object {entry.id.short}: its index line is outside the declared limits")
     plain = memoryview(bytearray(entry.plain_size))
-    decode_frame(path, entry, plain, lambda delta: indexed_base(store, delta))
+    decode_frame(store, path, entry, plain, lambda delta: indexed_base(store, delta))
     if object_id(plain) != entry.id:
         raise Damaged(f"object {entry.id.short} does not have the bytes its id names")
 
@@ -78,7 +91,8 @@ def indexed_base(store: Store, delta: Entry) -> memoryview:
             continue
         out = room(location.entry)
         try:
-            decode_frame(store.pack_path(location.pack), location.entry, out, lambda below: indexed_base(store, below))
+            path = store.pack_path(location.pack)
+            decode_frame(store, path, location.entry, out, lambda below: indexed_base(store, below))
         except FileNotFoundError:
             continue
         except Damaged as exc:

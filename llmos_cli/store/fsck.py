@@ -1,82 +1,76 @@
-"""Checking the store: every invariant, every byte. Reports, never repairs by deleting."""
+"""Checking the store: every invariant, every byte, in words that name the object and the refs it hurts.
 
-import contextlib
-import os
-from collections import Counter, defaultdict
-from collections.abc import Set
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Final
+Reports, and repairs nothing but the index, which is a cache. A damaged copy of an object no longer counts as stored, so
+adding or pulling it again brings it back; damage that hurts no ref is a note, not a problem.
+"""
 
-from llmos_cli.errors import Damaged, LlmosError, NotFound, from_os_error
-from llmos_cli.formats.frame import HEADER_BYTES
-from llmos_cli.formats.ids import IdHasher, ObjectId
-from llmos_cli.formats.pack import Entry, aligned, check_entry, check_padding
-from llmos_cli.progress import Progress, Silent, Task
-from llmos_cli.store.frames import verify_frame
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from llmos_cli.formats.ids import ObjectId
+from llmos_cli.progress import Progress
 from llmos_cli.store.handle import Store
-from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.packs import Sync, list_packs, read_pack, restore_pack, sync_index
-from llmos_cli.store.reach import objects_of
-from llmos_cli.store.refs import RefEntry, read_ref, ref_names
-
-_BLOCK: Final = 8 << 20
-_WORKERS: Final = min(os.cpu_count() or 1, 16)
+from llmos_cli.store.moves import RefLog, kept_since, unix_time
+from llmos_cli.store.packs import Sync, sync_index
+from llmos_cli.store.settings import CONFIG_FILE, is_as_written
+from llmos_cli.store.survey import DamagedPack, Survey
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: what, where (a pack, an object, a ref) and the refs that need it."""
+    """One thing that is wrong: what, where (a pack, an object, a ref), the refs it hurts and, unless it is about one of
+    these, the objects that are meant."""
 
     what: str
     where: str
-    referrers: tuple[str, ...]
+    referrers: tuple[str, ...] = ()
+    objects: tuple[ObjectId, ...] = ()
 
 
 @dataclass(frozen=True)
 class FsckReport:
-    """`packs`, `objects`, `bytes` are what was looked at; with `quick` the bytes of payloads were not read."""
+    """`packs`, `objects`, `bytes` are what was looked at; with `quick` the bytes of payloads were not read. `notes` are
+    about damage that hurts no ref."""
 
     problems: tuple[Problem, ...]
     packs: int
     objects: int
     bytes: int
     quick: bool
+    notes: tuple[Problem, ...] = ()
 
 
 def check(store: Store, *, quick: bool, progress: Progress) -> FsckReport:
-    """Check structure (`quick`) or every id, checksum and pack name as well; never raises for damage, it lists it.
+    """Check structure (`quick`) or every id, checksum and pack name as well; never raises for damage, it lists it."""
+    survey = Survey(store, quick=quick, progress=progress)
+    survey.look()
+    return report(survey)
 
-    The index is a cache: where it disagrees with a pack it is put right, and a damaged copy of an object no longer
-    counts as stored, so that adding or pulling it again brings it back.
-    """
-    found = _Found()
-    _check_packs(store, found, quick, progress)
-    absent = {
-        name: {entry.id for entry in store.index.entries(name)}
-        for name in store.index.packs().keys() - found.packs.keys()
-    }
-    needs = _needs(store, found)
-    if needs.keys() - found.good:  # a gc may have moved packs while we looked, or died before it looked again
-        _bring_back(store, needs.keys() - found.good)
-        _check_packs(store, found, quick, progress)
-    missing = needs.keys() - found.good
-    for name, held in absent.items():
-        if lost := held & missing:
-            found.problems.append((f"its file is missing, and with it {len(lost)} objects", f"pack {name.short}", lost))
-    lacking: Counter[str] = Counter(ref for oid in missing for ref in needs[oid])
-    unreadable = {where for _, where, _ in found.problems}
-    for ref, count in sorted(lacking.items()):
-        if f"ref {ref}" in unreadable:
-            continue
-        what = f"{count} of its objects are missing or damaged"
-        found.problems.append((what, f"ref {ref}", {oid for oid in missing if ref in needs[oid]}))
-    listed = tuple(
-        Problem(what, where, tuple(sorted({ref for oid in objects for ref in needs.get(oid, ())})))
-        for what, where, objects in found.problems
+
+def report(survey: Survey) -> FsckReport:
+    """Put what a survey found into words."""
+    problems: list[Problem] = [Problem(fault.what, fault.where, fault.refs) for fault in survey.faults]
+    notes: list[Problem] = []
+    for pack in survey.damaged.values():
+        for problem, hurts in _in_pack(survey, pack):
+            (problems if hurts else notes).append(problem)
+    problems += _missing(survey)
+    for log in survey.logs.values():
+        for problem, hurts in _in_log(survey, log):
+            (problems if hurts else notes).append(problem)
+    problems += _refs(survey)
+    if not is_as_written(survey.store.root):
+        what = "is not as llmos wrote it: somebody edited it, or it has rotted (without its last line this note ends)"
+        notes.append(Problem(what, CONFIG_FILE))
+    return FsckReport(
+        tuple(dict.fromkeys(problems)),
+        len(survey.packs),
+        sum(count for _, count in survey.packs.values()),
+        sum(size for size, _ in survey.packs.values()),
+        survey.quick,
+        tuple(dict.fromkeys(notes)),
     )
-    return FsckReport(listed, len(found.packs), found.objects, sum(found.packs.values()), quick)
 
 
 @dataclass(frozen=True)
@@ -93,142 +87,88 @@ def reindex(store: Store) -> ReindexResult:
     return ReindexResult(done.packs, tuple(message for _, message in done.damaged))
 
 
-@dataclass
-class _Found:
-    """`packs` that were checked and their sizes, objects that are whole, and (what, where, the objects it is about)."""
-
-    packs: dict[ObjectId, int] = field(default_factory=dict)
-    objects: int = 0
-    good: set[ObjectId] = field(default_factory=set)
-    problems: list[tuple[str, str, set[ObjectId]]] = field(default_factory=list)
+def needs_of(survey: Survey, pack: DamagedPack) -> tuple[ObjectId, ...]:
+    """What refs need of all that a damaged pack is known to have held."""
+    return tuple(sorted(oid for oid in pack.held if survey.refs_of(oid)))
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """A pack: what is in it, what is wrong with objects in it by id, what is wrong with the pack itself."""
-
-    size: int
-    entries: tuple[Entry, ...]
-    failures: dict[ObjectId, str]
-    problem: str | None
+def lost_from(survey: Survey, pack: DamagedPack) -> set[ObjectId]:
+    """What refs need of it and cannot be read any more."""
+    return {oid for oid in needs_of(survey, pack) if oid in survey.roots or oid not in survey.readable}
 
 
-def _check_packs(store: Store, found: _Found, quick: bool, progress: Progress) -> None:
-    """Check every pack that has not been checked yet."""
-    try:
-        paths = {name: path for name, path in list_packs(store.packs).items() if name not in found.packs}
-    except LlmosError as exc:
-        found.problems.append((exc.message, "packs", set()))
+def only_in(survey: Survey, pack: DamagedPack) -> set[ObjectId]:
+    """What refs need, stands in it, and is nowhere else."""
+    return {entry.id for entry in pack.whole if survey.refs_of(entry.id) and not survey.is_elsewhere(entry)}
+
+
+def _in_pack(survey: Survey, pack: DamagedPack) -> Iterator[tuple[Problem, bool]]:
+    """What to say of a damaged pack, and whether it hurts."""
+    where = f"pack {pack.name.short}"
+    needed = needs_of(survey, pack)
+    lost = lost_from(survey, pack)
+    if not (lost or only_in(survey, pack)) and (pack.held or not survey.roots):
+        what = pack.problem or next(iter(pack.failures.values()))
+        yield Problem(f"{what}; nothing in it is needed any more: gc will remove it", where), False
         return
-    total = 0 if quick else sum(path.stat().st_size for path in paths.values() if path.exists())
-    with progress.task("checking", total=total or None) as task, ThreadPoolExecutor(_WORKERS, "fsck") as workers:
-        jobs = {name: workers.submit(_check_pack, store, name, path, quick, task) for name, path in paths.items()}
-        for name, job in jobs.items():
-            try:
-                checked = job.result()
-            except NotFound:
-                continue  # gc took it while we looked
-            known = set(store.index.entries(name))
-            found.packs[name] = checked.size
-            found.objects += len(checked.entries)
-            found.good.update(entry.id for entry in checked.entries if entry.id not in checked.failures)
-            if checked.problem:
-                ids = {entry.id for entry in known | set(checked.entries)}
-                found.problems.append((checked.problem, f"pack {name.short}", ids))
-            for oid, what in checked.failures.items():
-                found.problems.append((what, f"object {oid.short} in pack {name.short}", {oid}))
-            whole = tuple(entry for entry in checked.entries if entry.id not in checked.failures)
-            if known != set(whole) and (known or checked.failures):
-                store.index.add_pack(name, checked.size, whole)
+    if pack.problem:
+        yield Problem(pack.problem, where, refs_of(survey, needed), needed), True
+    for oid, why_not in pack.failures.items():
+        name, what = f"object {oid.short} in {where}", _without_name(why_not, oid)
+        if oid in lost:
+            yield Problem(what, name, survey.refs_of(oid), (oid,)), True
+        else:
+            why = "another copy of it is whole" if oid in needed else "nothing needs it"
+            yield Problem(f"{what}; {why}", name, (), (oid,)), False
 
 
-def _check_pack(store: Store, name: ObjectId, path: Path, quick: bool, task: Task) -> _Checked:
-    """Read a pack whole (or, with `quick`, its structure); raises NotFound if it is gone."""
-    content = read_pack(path)
-    problem = content.problem.message if content.problem else None
-    failures: dict[ObjectId, str] = {}
-    try:
-        with open(path, "rb") as file:
-            for number, entry in enumerate(content.entries):
-                try:
-                    if quick:
-                        check_entry(entry, os.pread(file.fileno(), HEADER_BYTES, entry.offset))
-                        continue
-                    verify_frame(store, path, entry)
-                except LlmosError as exc:
-                    failures[entry.id] = exc.message
-                if not content.problem:
-                    last = number + 1 == len(content.entries)
-                    stop = aligned(entry.end) if last else content.entries[number + 1].offset
-                    problem = problem or _padding_problem(file.fileno(), entry, stop)
-                task.advance(entry.stored_size)
-            if not (quick or failures or problem) and _hash(file.fileno()) != name:
-                problem = f"pack {name.short} does not have the bytes its name stands for"
-    except FileNotFoundError as exc:
-        raise NotFound(f"pack {name.short} is gone") from exc
-    except OSError as exc:
-        problem = from_os_error(exc, f"reading {path}").message
-    return _Checked(content.size, content.entries, failures, problem)
+def _missing(survey: Survey) -> Iterator[Problem]:
+    """What is not there at all, by the pack it was in or by itself."""
+    named = {oid for pack in survey.damaged.values() for oid in pack.failures}
+    lacking = survey.lacking()
+    for name, held in survey.absent.items():
+        lost = held & (survey.roots | lacking)
+        if lost:
+            what = f"its file is missing, and with it {len(lost)} objects"
+            yield Problem(what, f"pack {name.short}", refs_of(survey, lost), tuple(sorted(lost)))
+            named |= lost
+    for oid in sorted(survey.roots - named):
+        yield Problem(
+            _without_name(survey.unread.get(oid, "is missing"), oid), f"object {oid.short}", survey.refs_of(oid), (oid,)
+        )
 
 
-def _padding_problem(fd: int, entry: Entry, stop: int) -> str | None:
-    try:
-        check_padding(entry, os.pread(fd, stop - entry.end, entry.end))
-    except Damaged as exc:
-        return exc.message
-    return None
+def _without_name(what: str, oid: ObjectId) -> str:
+    return what.removeprefix(f"object {oid.short}").removeprefix(":").strip()
 
 
-def _hash(fd: int) -> ObjectId:
-    hasher = IdHasher()
-    at = 0
-    while block := os.pread(fd, _BLOCK, at):
-        hasher.update(block)
-        at += len(block)
-    return hasher.id()
+def _refs(survey: Survey) -> Iterator[Problem]:
+    """The refs that are hurt, each once."""
+    lacking = survey.lacking()
+    without = {label: oid for oid in lacking for label in survey.labels.get(oid, ())}
+    numbers = Counter(ref for oid in lacking for ref in survey.direct_refs_of(oid))
+    for ref, count in sorted(numbers.items()):
+        what = f"{count} of its objects are missing or damaged"
+        if ref in without:
+            what = f"its manifest, object {without[ref].short}, is missing or damaged"
+        yield Problem(what, f"ref {ref}", (ref,))
 
 
-def _bring_back(store: Store, missing: Set[ObjectId]) -> None:
-    """Packs in the trash that hold something a ref needs leave it, as they would for a reader."""
-    for name, path in list_packs(store.trash).items():
-        with contextlib.suppress(NotFound):
-            content = read_pack(path)
-            if any(entry.id in missing for entry in content.entries):
-                restore_pack(store, name, path, content)
+def _in_log(survey: Survey, log: RefLog) -> Iterator[tuple[Problem, bool]]:
+    """What to say of the damaged moves of a ref, and whether they hurt."""
+    since = kept_since(survey.store)
+    for move in log.damaged:
+        what = move.why.removeprefix(f"{move.where} ")
+        if move.is_bypassed or (move.later and unix_time(move.later.time) < since):
+            yield Problem(f"{what}; the ref has moved on since", move.where), False
+        elif move.later:
+            was = f"; it pointed to @{move.later.previous.short}" if move.later.previous else ""
+            yield Problem(f"{what}{was}", move.where, (str(log.ref),)), True
+        else:
+            using = f"using move {log.value.sequence}, @{log.value.id.short}" if log.value else "no other value is left"
+            yield Problem(f"{what}; {using}", move.where, (str(log.ref),)), True
 
 
-def _needs(store: Store, found: _Found) -> dict[ObjectId, set[str]]:
-    """Which refs need which object; a ref or manifest that cannot be read is a problem."""
-    needs: dict[ObjectId, set[str]] = defaultdict(set)
-    for entry in _refs(store, found):
-        ref = str(entry.ref)
-        needs[entry.id].add(ref)
-        try:
-            manifest = read_manifest(store, entry.id)
-        except LlmosError as exc:
-            found.problems.append((exc.message, f"ref {ref}", {entry.id}))
-            continue
-        for oid in objects_of(entry.id, manifest):
-            needs[oid].add(ref)
-    return needs
-
-
-def _refs(store: Store, found: _Found) -> list[RefEntry]:
-    """Every ref that can be read; what is wrong with the others, and with damaged moves, becomes a problem."""
-    entries = []
-    shown, store.progress = store.progress, (recorder := Silent())
-    try:
-        for ref in ref_names(store):
-            try:
-                entry = read_ref(store, ref)
-            except LlmosError as exc:
-                found.problems.append((exc.message, f"ref {ref}", set()))
-                continue
-            if entry:
-                entries.append(entry)
-    except LlmosError as exc:
-        found.problems.append((exc.message, "refs", set()))
-    finally:
-        store.progress = shown
-    found.problems += [(warning, "refs", set()) for warning in recorder.warnings]
-    return entries
+def refs_of(survey: Survey, objects: Iterable[ObjectId]) -> tuple[str, ...]:
+    """The refs that need any of some objects."""
+    return tuple(sorted({ref for oid in objects for ref in survey.refs_of(oid)}))

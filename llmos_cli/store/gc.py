@@ -23,6 +23,7 @@ from llmos_cli.store import durable
 from llmos_cli.store.frames import read_frame, verify_frame
 from llmos_cli.store.handle import Store
 from llmos_cli.store.leases import hold, hold_alone, live_leases
+from llmos_cli.store.orphans import Orphan, find_orphans, release_orphans
 from llmos_cli.store.packs import (
     PackWriter,
     find_holder,
@@ -56,7 +57,8 @@ class GcPlan:
     """`trash`: packs with nothing alive; `rewrite`: mostly dead ones; `unlink`: those whose time in the trash is over.
 
     `temporary` are leftovers of dead writers. `kept_bytes` are unreachable but younger than the grace period,
-    `waiting_bytes` in the trash but not long enough. While `writers` are at work nothing is unlinked.
+    `waiting_bytes` in the trash but not long enough. While `writers` are at work nothing is unlinked. `orphans` are
+    adopted files that no pack will name any more.
     """
 
     trash: tuple[PackPlan, ...]
@@ -68,6 +70,7 @@ class GcPlan:
     waiting_bytes: int
     writers: int
     grace_seconds: float
+    orphans: tuple[Orphan, ...] = ()
 
     @property
     def trashed_bytes(self) -> int:
@@ -75,16 +78,19 @@ class GcPlan:
 
     @property
     def freed_bytes(self) -> int:
-        return sum(pack.size for pack in self.unlink) + sum(size for _, size in self.temporary)
+        orphans = sum(orphan.size for orphan in self.orphans)
+        return sum(pack.size for pack in self.unlink) + sum(size for _, size in self.temporary) + orphans
 
 
 @dataclass(frozen=True)
 class GcResult:
-    """Bytes moved to the trash, bytes given back to the disk, packs restored because somebody needs them again."""
+    """Bytes moved to the trash, bytes given back to the disk, packs restored because somebody needs them again, adopted
+    files let go."""
 
     trashed_bytes: int
     freed_bytes: int
     restored: int
+    released: int = 0
 
 
 def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | None = None) -> GcPlan:
@@ -100,6 +106,7 @@ def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | No
     if live - {oid for oid, _ in homes}:  # missing, or only from the index: what can be found must not look dead
         reread_packs(store)
         homes = _homes(store, live, present)
+    all_there = not live - {oid for oid, _ in homes}
     trash, rewrite = [], []
     live_bytes = kept_bytes = 0
     for name, path in present.items():
@@ -112,7 +119,10 @@ def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | No
         staying_bytes = sum(entry.stored_size for entry in staying)
         dead_bytes = sum(entry.stored_size for entry in entries) - staying_bytes
         live_bytes += staying_bytes
-        if not dead_bytes or not entries:
+        emptied = not entries and all_there  # damaged; a repair saw to it that what is needed of it is whole elsewhere
+        if emptied:
+            dead_bytes = status.st_size
+        if not (dead_bytes or emptied):
             continue
         if now - status.st_mtime < grace or status.st_mtime >= oldest_write:
             kept_bytes += dead_bytes
@@ -132,6 +142,8 @@ def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | No
             unlink.append(PackPlan(name, path, status.st_size, (), status.st_size))
         else:
             waiting_bytes += status.st_size
+    gone = {pack.name for pack in (*unlink, *(trash + rewrite if grace == 0 and not writers else ()))}
+    orphans = () if writers else find_orphans(store, without=gone, before=now - grace)
     temporary = tuple(_leftovers(store, now, oldest_write, grace, bool(writers)))
     return GcPlan(
         tuple(trash),
@@ -143,6 +155,7 @@ def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | No
         waiting_bytes,
         len(writers),
         grace,
+        orphans,
     )
 
 
@@ -165,7 +178,8 @@ def execute_gc(store: Store, plan: GcPlan, progress: Progress) -> GcResult:
         for pack in ready:
             if durable.remove(store.trash / pack.path.name):
                 freed += pack.freed
-        return GcResult(trashed, freed, restored)
+        released, released_bytes = release_orphans(store, plan.orphans)
+        return GcResult(trashed, freed + released_bytes, restored, released)
 
 
 @contextlib.contextmanager
@@ -266,8 +280,10 @@ def _leftovers(store: Store, now: float, oldest_write: float, grace: float, writ
         for path in folder.glob(f"{durable.TEMP_PREFIX}*"):
             with contextlib.suppress(FileNotFoundError):
                 status = path.lstat()
-                age = now - status.st_mtime
-                if age >= _BUSY_SECONDS and status.st_mtime < oldest_write and (not writing or age >= _DAY_SECONDS):
+                linked = path.suffix == durable.LINK_SUFFIX  # its times of writing are its owner's
+                written = status.st_ctime if linked else status.st_mtime
+                age = now - written
+                if age >= _BUSY_SECONDS and written < oldest_write and (not writing or age >= _DAY_SECONDS):
                     found[path] = status.st_size
     for path in store.trash.glob("ref-*"):
         with contextlib.suppress(FileNotFoundError):

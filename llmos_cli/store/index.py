@@ -18,6 +18,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from llmos_cli.errors import Busy, Damaged, LlmosError
 from llmos_cli.formats import limits
+from llmos_cli.formats.codec import ADOPTED
 from llmos_cli.formats.frame import MANIFEST
 from llmos_cli.formats.ids import ID_BYTES, ObjectId
 from llmos_cli.formats.pack import Entry
@@ -197,12 +198,13 @@ class Index:
 
     @_healing
     def stored_sizes(self) -> dict[ObjectId, int]:
-        """What each object takes in packs, all its copies together, in bytes."""
+        """What each object takes in packs and adopted files, all its copies together, in bytes."""
         with self._cursor() as cursor:
             sizes: dict[ObjectId, int] = {}
             for row in cursor.execute(f"SELECT {_ROW} FROM objects o"):
                 entry = _entry(row)
-                sizes[entry.id] = sizes.get(entry.id, 0) + entry.stored_size
+                outside = entry.plain_size if entry.codec == ADOPTED else 0
+                sizes[entry.id] = sizes.get(entry.id, 0) + entry.stored_size + outside
             return sizes
 
     @_healing
@@ -220,6 +222,13 @@ class Index:
             found |= fresh
             waiting += fresh
         return found
+
+    @_healing
+    def adopted(self) -> set[tuple[ObjectId, ObjectId]]:
+        """The adopted files that chunks lie in, each with a pack that says so."""
+        query = "SELECT DISTINCT o.base, p.name FROM objects o JOIN packs p ON o.pack = p.number WHERE o.codec = ?"
+        with self._cursor() as cursor:
+            return {(_id(file), _id(pack)) for file, pack in cursor.execute(query, (ADOPTED,))}
 
     @_healing
     def manifests(self, prefix: str = "") -> list[ObjectId]:

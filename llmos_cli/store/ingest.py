@@ -7,7 +7,9 @@ Never holds a file in memory: opaque files pass through a window of a few chunks
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from posixpath import dirname
@@ -44,31 +46,44 @@ class Tensor:
 def put_path(pipeline: Pipeline, name: str, path: Path, task: Task, base: Base | None = None) -> FileEntry:
     """Store a regular file; raises Damaged for a broken safetensors file, LlmosError if it changes while it is read."""
     check_path(name)
+    with opened(path) as (fd, before):
+        sink = _Sink(pipeline, task, [])
+        tensors = find_tensors(name, partial(_pread, fd, path), before.st_size, str(path)) or ()
+        near = base.near(name, tensors) if base else nothing_near
+        for start, end, words in _cuts(name, tensors, before.st_size, partial(_pread, fd, path)):
+            sink.put(start, end, words, filler(fd, path), near(start))
+        entry = sink.entry(name)
+        check_unchanged(path, before, os.fstat(fd))
+    return entry
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+    """A regular file, open for reading, and its status; raises Unsafe for anything else."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: a fifo must not hang us
     except OSError as exc:
         raise from_os_error(exc, f"reading {path}") from exc
     try:
-        before = os.fstat(fd)
-        if not stat.S_ISREG(before.st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise Unsafe(f"{path} is not a regular file")
-
-        def read(start: int, end: int) -> bytes:
-            return _pread(fd, start, end, path)
-
-        tensors = find_tensors(name, read, before.st_size, str(path)) or ()
-        near = base.near(name, tensors) if base else nothing_near
-        sink = _Sink(pipeline, task, [])
-        for start, end, words in _cuts(name, tensors, before.st_size, read):
-            sink.put(start, end, words, _filler(fd, path), near(start))
-        entry = sink.entry(name)
-        after = os.fstat(fd)
+        yield fd, status
     finally:
         os.close(fd)
-    unchanged = (before.st_size, before.st_mtime_ns, before.st_ino) == (after.st_size, after.st_mtime_ns, after.st_ino)
-    if not unchanged or entry.size != before.st_size:
+
+
+def check_unchanged(path: Path, before: os.stat_result, after: os.stat_result) -> None:
+    """Raise LlmosError if a file was written to, or is another one."""
+    if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
         raise LlmosError(f"{path} changed while it was read", hint="run the command again when nothing writes to it")
-    return entry
+
+
+def cut_file(fd: int, name: str, path: Path, size: int) -> Iterator[tuple[int, int, Words]]:
+    """Where the chunks of an open file begin and end, and what words they are made of. What `put_path` would store is
+    cut the same."""
+    read = partial(_pread, fd, path)
+    return _cuts(name, find_tensors(name, read, size, str(path)) or (), size, read)
 
 
 def put_stream(pipeline: Pipeline, name: str, stream: BinaryIO, task: Task) -> FileEntry:
@@ -147,7 +162,9 @@ class _Sink:
         return FileEntry(name, tuple(self.chunks))
 
 
-def _filler(fd: int, path: Path) -> Callable[[int, memoryview], None]:
+def filler(fd: int, path: Path) -> Callable[[int, memoryview], None]:
+    """Reads of an open file from a start on into memory."""
+
     def fill(start: int, out: memoryview) -> None:
         got = 0
         try:
@@ -188,16 +205,16 @@ def reader(path: Path) -> Callable[[int, int], bytes]:
         except OSError as exc:
             raise from_os_error(exc, f"reading {path}") from exc
         try:
-            return _pread(fd, start, end, path)
+            return _pread(fd, path, start, end)
         finally:
             os.close(fd)
 
     return read
 
 
-def _pread(fd: int, start: int, end: int, path: Path) -> bytes:
+def _pread(fd: int, path: Path, start: int, end: int) -> bytes:
     out = bytearray(max(0, end - start))
-    _filler(fd, path)(start, memoryview(out))
+    filler(fd, path)(start, memoryview(out))
     return bytes(out)
 
 
@@ -224,10 +241,10 @@ def _by_content(start: int, stop: int, read: Callable[[int, int], bytes]) -> Ite
     """A run of bytes cut by FastCDC, window by window."""
     while start < stop:
         end = min(stop, start + _WINDOW_BYTES)
-        cuts = _cdc_cuts(read(start, end), final=end == stop)
-        for first, last in pairwise([0, *cuts]):
+        ends = _cdc_cuts(read(start, end), final=end == stop)
+        for first, last in pairwise([0, *ends]):
             yield start + first, start + last
-        start += cuts[-1]
+        start += ends[-1]
 
 
 def _grid(start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -245,7 +262,7 @@ def _cdc_cuts(window: bytes, *, final: bool) -> list[int]:
         return [len(window)] if final and window else []
     from pyfastcdc import FastCDC
 
-    cuts = [
+    ends = [
         chunk.offset + chunk.length for chunk in FastCDC(average, min_size=minimum, max_size=maximum).cut_buf(window)
     ]
-    return cuts if final else [cut for cut in cuts if cut <= len(window) - maximum] or cuts[:1]
+    return ends if final else [end for end in ends if end <= len(window) - maximum] or ends[:1]

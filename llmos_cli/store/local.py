@@ -7,18 +7,18 @@ import contextlib
 from pathlib import Path
 from typing import Final
 
-from llmos_cli.config import Config, parse_config, render_config
+from llmos_cli.config import Config, parse_config
 from llmos_cli.errors import AccessDenied, NoSpace, NotFound, UsageError, from_os_error
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, PACKS, REFS, check_format
 from llmos_cli.progress import Progress, Silent
 from llmos_cli.store import durable
 from llmos_cli.store.handle import Store
 from llmos_cli.store.packs import sync_index
+from llmos_cli.store.settings import CONFIG_FILE, sealed_config
 
 __all__ = ["Store", "find_store", "init_store", "open_store", "save_config"]
 
 STORE_FOLDER: Final = ".llmos"
-CONFIG_FILE: Final = "config.toml"
 FOLDERS: Final = (PACKS, REFS, "logs", "leases", "trash", "tmp")
 
 
@@ -28,7 +28,7 @@ def init_store(root: Path, config: Config | None = None) -> bool:
         return False
     for folder in FOLDERS:
         durable.make_folder(root / folder)
-    durable.write_file(root / CONFIG_FILE, render_config(config or Config()).encode())
+    durable.write_file(root / CONFIG_FILE, sealed_config(config or Config()))
     durable.write_file(root / FORMAT_FILE, FORMAT_TEXT)
     return True
 
@@ -70,8 +70,12 @@ def open_store(root: Path, progress: Progress | None = None) -> Store:
     _make_missing(root)
     store = Store(root, config, progress or Silent())
     store.index.refill = lambda: _fill_index(store)
-    if not store.index.is_complete:
-        _fill_index(store)
+    try:
+        if not store.index.is_complete:
+            _fill_index(store)
+    except BaseException:
+        store.close()
+        raise
     return store
 
 
@@ -91,5 +95,5 @@ def _fill_index(store: Store) -> None:
 
 
 def save_config(store: Store, config: Config) -> None:
-    durable.write_file(store.root / CONFIG_FILE, render_config(config).encode())
+    durable.write_file(store.root / CONFIG_FILE, sealed_config(config))
     store.config = config

@@ -146,7 +146,7 @@ def _read(
                 if entry.plain_size > plain_limit(entry.kind):
                     raise Damaged(f"object {oid.short}: its index line is outside the declared limits")
                 out = _asked_for(path, entry, out_for)
-                decode_frame(path, entry, out, lambda delta: _base(store, delta))
+                decode_frame(store, path, entry, out, lambda delta: _base(store, delta))
                 if verify_id and object_id(out) != oid:
                     raise Damaged(f"object {oid.short} does not have the bytes its id names")
                 return out

@@ -9,6 +9,7 @@ from typing import BinaryIO, Final
 
 from llmos_cli.errors import AccessDenied, Damaged, LlmosError, NotFound, UnknownVersion, from_os_error
 from llmos_cli.formats import limits
+from llmos_cli.formats.codec import ADOPTED, DELTA
 from llmos_cli.formats.frame import HEADER_BYTES, Frame, check_id, check_payload, decode_header, decode_payload
 from llmos_cli.formats.ids import Buffer, IdHasher, ObjectId, parse_id
 from llmos_cli.formats.layout import PACK_SUFFIX
@@ -24,6 +25,7 @@ from llmos_cli.formats.pack import (
     read_index,
 )
 from llmos_cli.store import durable
+from llmos_cli.store.adopted import has_adopted
 from llmos_cli.store.frames import read_frame
 from llmos_cli.store.handle import Store
 
@@ -162,7 +164,8 @@ def read_pack(path: Path) -> PackContent:
 
 def _salvage(path: Path, fd: int, size: int) -> Iterator[Entry]:
     """The frames that stand in a damaged pack, by their own headers. Bytes inside a payload may look like a frame, so
-    each is proven by its id; a delta, which cannot be without its base, only counts where a frame must begin."""
+    each is proven by its id; a delta or an adopted chunk, whose bytes are elsewhere, only counts where a frame must
+    begin."""
     at, in_step = HEADER_SIZE, True
     while at + HEADER_BYTES <= size:
         try:
@@ -181,7 +184,7 @@ def _stands(path: Path, entry: Entry, in_step: bool) -> bool:
     try:
         frame, payload = read_frame(path, entry)
         check_payload(frame, payload)
-        if entry.depth:
+        if entry.codec in (DELTA, ADOPTED):
             return in_step
         plain = memoryview(bytearray(frame.plain_size))
         decode_payload(frame, payload, plain)
@@ -280,7 +283,7 @@ def find_in_packs(store: Store, oid: ObjectId) -> bool:
             continue
         if any(entry.id == oid for entry in content.entries):
             store.index.add_pack(name, content.size, content.entries)
-            if find_holder(store, oid) is None:
+            if not store.index.has(oid):
                 store.index.rebuild()
             return True
     return False
@@ -324,8 +327,11 @@ def secure(store: Store, objects: Iterable[ObjectId], *, fresh: Set[ObjectId]) -
 
 
 def find_holder(store: Store, oid: ObjectId, known: Collection[ObjectId] = ()) -> ObjectId | None:
-    """A pack that the index says holds an object and whose file exists; `known` ones need no look."""
+    """A pack that the index says holds an object and whose file exists; `known` ones need no look. A chunk whose
+    adopted file is gone is nowhere."""
     for location in store.index.locate(oid):
+        if location.entry.codec == ADOPTED and not has_adopted(store, location.entry.base):
+            continue
         if location.pack in known or store.pack_path(location.pack).exists():
             return location.pack
     return None
@@ -340,6 +346,9 @@ def _holder(store: Store, oid: ObjectId, known: set[ObjectId]) -> ObjectId:
         sync_index(store)
         if attempt and not restore_from_trash(store, oid):
             find_in_packs(store, oid)
+    for location in store.index.locate(oid):
+        if location.entry.codec == ADOPTED:  # its file is gone: next time it must not count as stored
+            store.index.forget(oid, location.pack)
     raise Damaged(
         f"object {oid.short} was removed while it was being used", hint="run the command again: it will be stored anew"
     )

@@ -30,11 +30,12 @@ Fill = Callable[[memoryview], None]
 @dataclass
 class Written:
     """What a pipeline has done so far: bytes added to the store, plain bytes that were there already, plain bytes that
-    were stored as deltas."""
+    were stored as deltas, plain bytes that stay in adopted files."""
 
     stored: int = 0
     reused: int = 0
     as_delta: int = 0
+    adopted: int = 0
     packs: list[ObjectId] = field(default_factory=list)
 
 
@@ -53,9 +54,8 @@ class Pipeline:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        cores = _cores()
-        window = 2 * cores + 2
-        self._workers = ThreadPoolExecutor(cores, "encode")
+        window = 2 * cores() + 2
+        self._workers = ThreadPoolExecutor(cores(), "encode")
         self._finisher = ThreadPoolExecutor(1, "publish")
         self._finishing: list[Future[ObjectId]] = []
         self._buffers: SimpleQueue[bytearray] = SimpleQueue()
@@ -80,6 +80,23 @@ class Pipeline:
         if len(buffer) < 2 * size:  # half for plain bytes, half for planes; grown to the size of a chunk and kept
             buffer = bytearray(2 * min(limits.CHUNK_BYTES, 4 * size))
         self._in_flight.append((self._workers.submit(self._encode, size, words, fill, buffer, base), buffer, done))
+
+    def claim(self, oid: ObjectId) -> bool:
+        """Whether an object is neither stored nor about to be; if so, the caller must store it."""
+        with self._claim_lock:
+            claimed = oid in self._claimed
+            self._claimed.add(oid)
+        return not claimed and not self._store.index.has(oid)
+
+    def put_adopted(self, pieces: Sequence[tuple[Chunk, codec.Encoded]], file: ObjectId) -> None:
+        """Store claimed chunks that lie in an adopted file: in packs of their own, which live as long as the file."""
+        self.drain()
+        self._close_pack()
+        for chunk, encoded in pieces:
+            frame = new_frame(CHUNK, chunk.id, chunk.size, encoded, file)
+            self._append(frame, encode_header(frame), encoded.parts)
+            self.written.adopted += chunk.size
+        self._close_pack()
 
     def drain(self) -> None:
         """Write everything that is in flight."""
@@ -117,10 +134,7 @@ class Pipeline:
         fill(plain)
         oid = object_id(plain)
         chunk = Chunk(oid, size)
-        with self._claim_lock:
-            claimed = oid in self._claimed
-            self._claimed.add(oid)
-        if claimed or self._store.index.has(oid):
+        if not self.claim(oid):
             return _Encoded(chunk, None, b"", ())
         room = memoryview(buffer)[len(buffer) // 2 :][:size]
         delta = encode_delta(self._store, oid, plain, words, base, room) if base else None
@@ -169,5 +183,6 @@ def open_pipeline(store: Store) -> Iterator[Pipeline]:
         pipeline.close()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many threads are worth having."""
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, MAX_WORKERS)

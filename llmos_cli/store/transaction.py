@@ -18,6 +18,7 @@ from llmos_cli.formats.ids import ObjectId, object_id
 from llmos_cli.formats.manifest import FileEntry, Manifest, encode_manifest
 from llmos_cli.formats.names import RefName, check_path
 from llmos_cli.progress import Progress, Silent, Task
+from llmos_cli.store.adopt import KNOWN, Adoption, adopt_path
 from llmos_cli.store.bases import Base, open_base
 from llmos_cli.store.handle import Store
 from llmos_cli.store.ingest import Tensor, put_path, put_stream, put_tensors, status_of
@@ -35,8 +36,9 @@ __all__ = ["Commit", "Tensor", "Transaction", "begin", "point"]
 @dataclass(frozen=True)
 class Commit:
     """What a transaction made. `size` is the plain bytes of the manifest's files, `stored` the bytes the store grew by,
-    `reused` the plain bytes that were there already, `as_delta` those stored as deltas; `unchanged` means the ref
-    pointed to this very id before."""
+    `reused` the plain bytes that were there already, `as_delta` those stored as deltas, `adopted` those that stay in
+    adopted files; `unchanged` means the ref pointed to this very id before. `adoptions` says what was done with each
+    file that was to be adopted."""
 
     id: ObjectId
     ref: RefName | None
@@ -45,6 +47,8 @@ class Commit:
     reused: int
     as_delta: int
     unchanged: bool
+    adopted: int = 0
+    adoptions: tuple[Adoption, ...] = ()
 
 
 class Transaction:
@@ -60,6 +64,7 @@ class Transaction:
         self._pipeline = pipeline
         self._task = task
         self._seen: list[Seen] = []
+        self._adoptions: list[Adoption] = []
 
     @cached_property
     def base(self) -> Base | None:
@@ -70,18 +75,26 @@ class Transaction:
         except LlmosError:
             return None
 
-    def add_path(self, name: str, path: Path, *, rehash: bool = False) -> FileEntry:
+    def add_path(self, name: str, path: Path, *, rehash: bool = False, adopt: bool = False) -> FileEntry:
         """Store a regular file under a name. One that was stored before and is untouched since is not read again,
-        unless `rehash`."""
+        unless `rehash`. With `adopt`, without a second copy of its bytes where that can be."""
         check_path(name)
         status = status_of(path)
         known = None if rehash else recall(self.store, name, path)
         if known:
             self._task.advance(known.size)
             self._pipeline.written.reused += known.size
+            if adopt:
+                self._adoptions.append(Adoption(path, KNOWN, known.size))
             return known
-        entry = put_path(self._pipeline, name, path, self._task, self.base)
+        entry = self._adopt(name, path) if adopt else None
+        entry = entry or put_path(self._pipeline, name, path, self._task, self.base)
         self._seen.append((name, path, status, entry))
+        return entry
+
+    def _adopt(self, name: str, path: Path) -> FileEntry | None:
+        entry, adoption = adopt_path(self.store, self._pipeline, name, path, self._task)
+        self._adoptions.append(adoption)
         return entry
 
     def add_bytes(self, name: str, data: bytes) -> FileEntry:
@@ -109,7 +122,17 @@ class Transaction:
         if self.ref is not None:
             update_ref(self.store, self.ref, oid, expected=self.expected, message=message)
         remember(self.store, self._seen)
-        return Commit(oid, self.ref, manifest.size, written.stored, written.reused, written.as_delta, unchanged)
+        return Commit(
+            oid,
+            self.ref,
+            manifest.size,
+            written.stored,
+            written.reused,
+            written.as_delta,
+            unchanged,
+            written.adopted,
+            tuple(self._adoptions),
+        )
 
 
 def point(store: Store, ref: RefName, oid: ObjectId, *, expected: ObjectId | None, message: str) -> RefEntry:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import RefName
+from llmos_cli.store.adopted import list_adopted
 from llmos_cli.store.handle import Store
 from llmos_cli.store.objects import read_manifest
 from llmos_cli.store.packs import list_packs, total_size
@@ -26,7 +27,8 @@ class RefUsage:
 
 @dataclass(frozen=True)
 class Usage:
-    """`logical` sums the refs' files, `needed` is what they take as stored, `physical` what all packs take.
+    """`logical` sums the refs' files, `needed` is what they take as stored, `physical` what all packs and `adopted`
+    files take; those may share their bytes with files outside.
 
     The rest of it, `other`, is earlier values of refs and what nothing needs any more; `trash` waits to be unlinked.
     """
@@ -38,6 +40,7 @@ class Usage:
     other: int
     trash: int
     packs: int
+    adopted: int
 
 
 def usage(store: Store) -> Usage:
@@ -63,5 +66,6 @@ def usage(store: Store) -> Usage:
     needed = sum(stored.get(oid, 0) for oid in users)
     trash = total_size(list_packs(store.trash).values())
     logical = sum(ref.logical for ref in refs)
-    physical = total_size(packs)
-    return Usage(refs, logical, needed, physical, max(0, physical - needed), trash, len(packs))
+    adopted = total_size(list_adopted(store).values())
+    physical = total_size(packs) + adopted
+    return Usage(refs, logical, needed, physical, max(0, physical - needed), trash, len(packs), adopted)

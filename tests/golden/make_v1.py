@@ -1,4 +1,5 @@
-"""Make the golden files of format version 1: a store of two packs, the second of deltas, two refs and their manifests.
+"""Make the golden files of format version 1: a store of three packs, the second of deltas, the third of chunks that lie
+in an adopted file, three refs and their manifests.
 
     python tests/golden/make_v1.py            # refuses to touch a folder that has files
     python tests/golden/make_v1.py --force    # only before version 1 has been released
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmos_cli.formats import codec, pack
+from llmos_cli.formats.adopted import Place, encode_place
 from llmos_cli.formats.codec import OPAQUE, Encoded, Words
 from llmos_cli.formats.frame import CHUNK, MANIFEST, encode_header, new_frame
-from llmos_cli.formats.ids import NO_ID, ObjectId, object_id
-from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, pack_key, ref_key
+from llmos_cli.formats.ids import NO_ID, ObjectId, checksum, object_id
+from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, adopted_key, pack_key, ref_key
 from llmos_cli.formats.manifest import Chunk, FileEntry, Manifest, Recipe, Source, encode_manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.reflog import RefEntry, encode_entry
@@ -87,6 +89,18 @@ def manifest_of(files: dict[str, tuple[Words, list[bytes]]]) -> Manifest:
     return Manifest("files", entries, {"counts": [1, None, True]}, recipe)
 
 
+def adopted_chunks() -> list[tuple[Words, bytes]]:
+    """The chunks of a file that is adopted: text, floats, the end."""
+    dice = random.Random(3)
+    floats = struct.pack("<200f", *((dice.random() - 0.5) / 8 for _ in range(200)))
+    return [(OPAQUE, b"a header of some kind\n"), (Words(4, True), floats), (Words(2), b"tail")]
+
+
+def manifest_of_adopted() -> Manifest:
+    chunks = tuple(Chunk(object_id(plain), len(plain)) for _, plain in adopted_chunks())
+    return Manifest("files", (FileEntry("adopted.bin", chunks),))
+
+
 def manifest_of_deltas(deltas: dict[str, Delta]) -> Manifest:
     entries = (FileEntry(path, (Chunk(object_id(one.plain), len(one.plain)),)) for path, one in sorted(deltas.items()))
     return Manifest("files", tuple(entries))
@@ -125,11 +139,20 @@ def build() -> dict[str, bytes]:
     ]
     frames.append((delta_manifest, codec.encode(memoryview(delta_manifest), OPAQUE), MANIFEST, NO_ID, 0))
     differences = packed(frames)
+    adopted = b"".join(plain for _, plain in adopted_chunks())
+    adopted_manifest = encode_manifest(manifest_of_adopted())
+    pointers, at = [], 0
+    for words, plain in adopted_chunks():
+        pointers.append((plain, encode_place(Place(at, checksum(plain)), words), CHUNK, object_id(adopted), 0))
+        at += len(plain)
+    pointers.append((adopted_manifest, codec.encode(memoryview(adopted_manifest), OPAQUE), MANIFEST, NO_ID, 0))
+    points = packed(pointers)
     ref, time = RefName("golden", "v1"), "2026-01-02T03:04:05Z"
     moves = [
         RefEntry(ref, 1, object_id(first), None, time, "ann@example", ""),
         RefEntry(ref, 2, object_id(manifest), object_id(first), "2026-01-02T03:04:06Z", "ann@example", 'add: "é"\n'),
         RefEntry(RefName("golden", "delta"), 1, object_id(delta_manifest), None, time, "ann@example", "add"),
+        RefEntry(RefName("golden", "adopted"), 1, object_id(adopted_manifest), None, time, "ann@example", "add"),
     ]
     return {
         FORMAT_FILE: FORMAT_TEXT,
@@ -137,6 +160,9 @@ def build() -> dict[str, bytes]:
         "manifest-delta.json": delta_manifest,
         pack_key(object_id(whole)): whole,
         pack_key(object_id(differences)): differences,
+        "manifest-adopted.json": adopted_manifest,
+        adopted_key(object_id(adopted)): adopted,
+        pack_key(object_id(points)): points,
         **{ref_key(move.ref, move.sequence): encode_entry(move) for move in moves},
     }
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from llmos_cli.formats import codec, pack
-from llmos_cli.formats.frame import HEADER_BYTES, MANIFEST, check_id, decode_payload, encode_header
-from llmos_cli.formats.ids import ObjectId, object_id
-from llmos_cli.formats.layout import check_format, pack_key, ref_key
+from llmos_cli.formats.adopted import decode_place
+from llmos_cli.formats.frame import HEADER_BYTES, MANIFEST, check_id, decode_header, decode_payload, encode_header
+from llmos_cli.formats.ids import ObjectId, checksum, object_id
+from llmos_cli.formats.layout import adopted_key, check_format, pack_key, ref_key
 from llmos_cli.formats.manifest import decode_manifest, encode_manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.reflog import RefEntry, decode_entry, encode_entry
@@ -20,6 +21,8 @@ MANIFEST_ID = "91ae352dfd020f21e985fc88351519e64606e547cbb196dfca7b623e35128336"
 PACK = "1449d01618e6ecd69c2dd526002befd3959011265e244b68f60fd53e622a6134"
 DELTA_MANIFEST_ID = "62e2c9738a52d73ca1336261aa0d1c629d5c21956fc05ca5aaec4a25fd1ea842"
 DELTA_PACK = "9a47fa5b050f38b7d10603abfbfa84d01341daf6b501e137510ef73feaf242b1"
+ADOPTED_MANIFEST_ID = "5c8aed3c50836826d0f8e4911e3cbdf8a92eb2a09c09fcc33bfbd72493fbe6da"
+ADOPTED_PACK = "3b2b53218e97d5139f8c109dafcfc18fcc4f8efad8dcdd43340e49f08fb095b2"
 REF = RefName("golden", "v1")
 Objects = dict[ObjectId, tuple[pack.Entry, bytes]]
 
@@ -44,13 +47,20 @@ def objects(data: bytes, known: Objects | None = None) -> Objects:
             below, base = {**(known or {}), **found}[frame.base]
             assert frame.depth == below.depth + 1
         payload = memoryview(data)[entry.offset + HEADER_BYTES : entry.end]
+        if frame.codec == codec.ADOPTED:
+            place = decode_place(payload)
+            plain[:] = (FOLDER / adopted_key(frame.base)).read_bytes()[place.offset :][: frame.plain_size]
+            assert checksum(plain) == place.check
+            check_id(frame, plain)
+            found[frame.id] = (entry, bytes(plain))
+            continue
         decode_payload(frame, payload, memoryview(plain), memoryview(base) if base else None)
         check_id(frame, plain)
         found[frame.id] = (entry, bytes(plain))
     return found
 
 
-@pytest.mark.parametrize("name", [PACK, DELTA_PACK])
+@pytest.mark.parametrize("name", [PACK, DELTA_PACK, ADOPTED_PACK])
 def test_a_pack_is_read_and_its_index_written_the_same(name: str) -> None:
     packed = stored(name)
     assert str(object_id(packed)) == name
@@ -89,6 +99,22 @@ def test_every_delta_is_decoded_to_the_bytes_that_went_in(packed: bytes) -> None
     assert encode_manifest(MAKE["manifest_of_deltas"](MAKE["plain_deltas"]())) == data
 
 
+def test_adopted_chunks_are_found_in_their_file() -> None:
+    found = objects(stored(ADOPTED_PACK))
+    data = (FOLDER / "manifest-adopted.json").read_bytes()
+    assert str(object_id(data)) == ADOPTED_MANIFEST_ID
+    entry = decode_manifest(data).file("adopted.bin")
+    assert entry is not None
+    file = b"".join(found[chunk.id][1] for chunk in entry.chunks)
+    assert (FOLDER / adopted_key(object_id(file))).read_bytes() == file
+    for chunk, (words, plain) in zip(entry.chunks, MAKE["adopted_chunks"](), strict=True):
+        line = found[chunk.id][0]
+        assert (found[chunk.id][1], line.codec, line.base, line.depth) == (plain, codec.ADOPTED, object_id(file), 0)
+        header = stored(ADOPTED_PACK)[line.offset :][:HEADER_BYTES]
+        frame = decode_header(header)
+        assert (frame.width, frame.rotated) == (words.width, words.is_float)
+
+
 def test_the_manifest_is_read_and_written_the_same(packed: bytes) -> None:
     data = (FOLDER / "manifest.json").read_bytes()
     assert str(object_id(data)) == MANIFEST_ID
@@ -123,6 +149,7 @@ def test_the_script_writes_today_what_it_wrote_then_but_for_what_zstd_packed(pac
             assert (FOLDER / name).read_bytes() == data
     then = objects(packed)
     then |= objects(stored(DELTA_PACK), then)
+    then |= objects(stored(ADOPTED_PACK))
     assert {oid: plain for oid, (_, plain) in now.items()} == {oid: plain for oid, (_, plain) in then.items()}
 
 

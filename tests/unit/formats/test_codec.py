@@ -135,7 +135,7 @@ def test_no_bad_frame_uses_more_memory_than_its_header_promises() -> None:
 
 def test_an_unknown_codec_or_width_is_refused() -> None:
     with pytest.raises(UnknownVersion):
-        codec.decode(4, 2, True, memoryview(b"xx"), memoryview(bytearray(2)))
+        codec.decode(5, 2, True, memoryview(b"xx"), memoryview(bytearray(2)))
     for width, rotated in ((0, False), (3, False), (16, True), (1, True)):
         for codec_id in (PLANES, DELTA):
             with pytest.raises(Damaged):

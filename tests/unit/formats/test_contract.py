@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import llmos_cli.formats
-from llmos_cli.formats import codec, frame, layout, limits, pack, reflog
+from llmos_cli.formats import adopted, codec, frame, layout, limits, pack, reflog
 from llmos_cli.formats.ids import NO_ID
 from llmos_cli.formats.manifest import KINDS, FileEntry, Manifest, Recipe, encode_manifest
 from llmos_cli.formats.names import RefName
@@ -16,6 +16,7 @@ README = (Path(llmos_cli.formats.__file__).parent / "README.md").read_text()
 STRUCTS = {
     "Frame header": frame._HEADER.format + frame._CHECK.format,
     "Planes table entry": codec._PLANE.format,
+    "Adopted payload": adopted._PLACE.format,
     "Pack header": pack._HEADER.format,
     "Pack index entry": pack._ENTRY.format,
     "Pack trailer": pack._TRAILER.format + pack._TRAILER_END.format,
@@ -94,5 +95,6 @@ def test_names_magics_and_places_are_those_of_the_code() -> None:
     assert f"holds the 8 bytes `{layout.FORMAT_TEXT.decode().strip()}` and a newline" in README
     places = [row[0] for row in section("Store")[1]]
     assert f"`{layout.PACKS}/ab/<64 hex>{layout.PACK_SUFFIX}`" in places
+    assert f"`{layout.ADOPTED}/ab/<64 hex>`" in places
     assert f"`{layout.REFS}/<name>/<tag>/<{reflog.SEQUENCE_DIGITS} digits>`" in places
     assert f"`{layout.FORMAT_FILE}`" in places

@@ -80,7 +80,7 @@ def test_another_valid_object_in_its_place_is_damaged() -> None:
         check_id(forged, other)
 
 
-@pytest.mark.parametrize(("offset", "value"), [(4, 2), (4, 0), (5, 0), (5, 3), (6, 4), (6, 255), (10, 2)])
+@pytest.mark.parametrize(("offset", "value"), [(4, 2), (4, 0), (5, 0), (5, 3), (6, 5), (6, 255), (10, 2)])
 def test_an_unknown_version_kind_codec_or_hash_is_refused(offset: int, value: int) -> None:
     header = bytearray(encode_header(FRAME))
     header[offset] = value

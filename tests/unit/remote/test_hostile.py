@@ -100,7 +100,7 @@ def test_bytes_under_another_objects_id(exchange: Exchange, liar: Liar) -> None:
 
 def test_an_index_that_lies_about_an_id(exchange: Exchange, liar: Liar) -> None:
     def lie(entries: list[Entry]) -> list[Entry]:
-        return [replace(entries[0], id=object_id(PLAIN)), *entries[1:]]
+        return [entries[0]._replace(id=object_id(PLAIN)), *entries[1:]]
 
     liar.put_pack(packed([framed(CHUNK, OTHER), framed(MANIFEST, MANIFEST_BYTES)], lie))
     liar.put_ref(object_id(MANIFEST_BYTES))
@@ -109,7 +109,7 @@ def test_an_index_that_lies_about_an_id(exchange: Exchange, liar: Liar) -> None:
 
 def test_an_index_that_lies_about_a_size(exchange: Exchange, liar: Liar) -> None:
     def lie(entries: list[Entry]) -> list[Entry]:
-        return [replace(entries[0], plain_size=5), *entries[1:]]
+        return [entries[0]._replace(plain_size=5), *entries[1:]]
 
     liar.put_pack(packed([framed(CHUNK, PLAIN), framed(MANIFEST, MANIFEST_BYTES)], lie))
     liar.put_ref(object_id(MANIFEST_BYTES))

@@ -1,0 +1,101 @@
+"""What the store's benchmark measures inside a process: work without start-up and without a disk in between."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmos_cli.formats import codec, limits
+from llmos_cli.formats.ids import ObjectId, object_id
+from llmos_cli.formats.names import RefName
+from llmos_cli.formats.safetensors import read_table
+from llmos_cli.progress import Silent
+from llmos_cli.store.add import execute_add, plan_add
+from llmos_cli.store.index import Location
+from llmos_cli.store.local import open_store
+from llmos_cli.store.objects import read_manifest, read_object_into
+from llmos_cli.store.resolve import resolve
+
+FILE = "model.safetensors"
+
+
+def seconds(run: Callable[[], object], rounds: int) -> float:
+    """The median of several runs after one that does not count."""
+    run()
+    taken = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def add_again(store: Path, model: Path, name: str) -> float:
+    """Seconds of adding a file that is stored already, in an open store."""
+    with open_store(store) as opened:
+        return seconds(lambda: execute_add(opened, plan_add([model]), RefName(name, "latest"), Silent()), 9)
+
+
+def hash_speed(model: Path) -> float:
+    """Bytes a second of reading and hashing a cached file on every core, chunk by chunk."""
+    size = model.stat().st_size
+
+    def chunk(start: int) -> None:
+        with model.open("rb", buffering=0) as file:
+            object_id(os.pread(file.fileno(), limits.CHUNK_BYTES, start))
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return size / seconds(lambda: list(pool.map(chunk, range(0, size, limits.CHUNK_BYTES))), 3)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Seconds of reading 4 MiB, stored as planes and as a delta at the end of the deepest chain there is."""
+
+    plain: float
+    delta: float
+    depth: int
+
+
+def chain(store: Path, name: str, base: str) -> Chain:
+    with open_store(store) as opened:
+
+        def of(ref: str) -> list[Location]:
+            files = read_manifest(opened, resolve(opened, ref).id).files
+            chunks = [chunk for file in files for chunk in file.chunks if chunk.size == limits.CHUNK_BYTES]
+            return [opened.index.locate(chunk.id)[0] for chunk in chunks]
+
+        out = memoryview(bytearray(limits.CHUNK_BYTES))
+
+        def read(ids: list[ObjectId]) -> float:
+            return statistics.median(seconds(lambda oid=oid: read_object_into(opened, oid, out), 5) for oid in ids)
+
+        deltas = [location.entry for location in of(name) if location.entry.depth]
+        depth = max(entry.depth for entry in deltas)
+        planes = [location.entry.id for location in of(base) if location.entry.codec == codec.PLANES]
+        deepest = [entry.id for entry in deltas if entry.depth == depth]
+        read(deepest[:20])  # until whatever is compiled on the way is
+        return Chain(read(planes[:20]), read(deepest[:20]), depth)
+
+
+def plain_bytes(store: Path, refs: list[str]) -> int:
+    with open_store(store) as opened:
+        return sum(read_manifest(opened, resolve(opened, ref).id).size for ref in refs)
+
+
+def changed_bytes(before: Path, after: Path) -> int:
+    """Of the tensors that differ between two models."""
+    changed = 0
+    with (before / FILE).open("rb") as old, (after / FILE).open("rb") as new:
+
+        def read(start: int, end: int) -> bytes:
+            return os.pread(new.fileno(), end - start, start)
+
+        for tensor in read_table(read, (after / FILE).stat().st_size, FILE):
+            size = tensor.end - tensor.start
+            if read(tensor.start, tensor.end) != os.pread(old.fileno(), size, tensor.start):
+                changed += size
+    return changed
