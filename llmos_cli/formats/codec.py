@@ -37,7 +37,7 @@ CODEC_NAMES: Final = {RAW: "raw", ZSTD: "zstd", PLANES: "planes", DELTA: "delta"
 _PLANE = struct.Struct("<B3xI")  # method (0 raw, 1 zstd), stored bytes
 _WORTH: Final = 0.97  # a codec must save 3 % to be used
 _MIN_BYTES: Final = 64  # below this nothing is tried
-_PROBE_BYTES: Final = 16 * limits.KiB
+_SAMPLE_BYTES: Final = 16 * limits.KiB
 _STRUCTURED: Final = 0.6  # floats that planes make smaller than this hold few values, or many zeros: zstd may see more
 _GROUP_BYTES: Final = 4 * limits.KiB  # of a plane: smaller groups are not worth a Huffman table
 _HUFFMAN = {"window_log": 19, "hash_log": 6, "min_match": 7, "target_length": 0}
@@ -148,11 +148,8 @@ def decode(
 
 
 def _zstd_or(raw: Encoded, plain: memoryview) -> Encoded:
-    if len(plain) > 4 * _PROBE_BYTES:
-        middle = len(plain) // 2
-        sample = plain[middle : middle + 2 * _PROBE_BYTES]
-        if len(_contexts.text.compress(sample)) > 0.98 * len(sample):
-            return raw
+    if not _pays(_contexts.text, plain):
+        return raw
     packed = _contexts.text.compress(plain)
     return Encoded(ZSTD, 0, False, (packed,)) if len(packed) < _WORTH * len(plain) else raw
 
@@ -196,9 +193,7 @@ def _cuts(ends: Sequence[int]) -> list[int]:
 def _pack_plane(plane: memoryview, cuts: Sequence[int]) -> bytes | None:
     """One zstd frame, or None if that is not worth it."""
     huffman = _contexts.huffman
-    if len(plane) > 2 * _PROBE_BYTES and all(
-        len(huffman.compress(sample)) > _WORTH * len(sample) for sample in _samples(plane, bool(cuts))
-    ):
+    if not _pays(huffman, plane):
         return None
     if cuts:
         packer = huffman.compressobj(size=len(plane))
@@ -211,10 +206,12 @@ def _pack_plane(plane: memoryview, cuts: Sequence[int]) -> bytes | None:
     return packed if len(packed) < _WORTH * len(plane) else None
 
 
-def _samples(plane: memoryview, grouped: bool) -> list[memoryview]:
-    """One from the middle; of groups, which differ, from four places."""
-    eighths, size = ((1, 3, 5, 7), _PROBE_BYTES // 2) if grouped else ((4,), _PROBE_BYTES)
-    return [plane[len(plane) * place // 8 :][:size] for place in eighths]
+def _pays(packer: zstandard.ZstdCompressor, data: memoryview) -> bool:
+    """Whether compressing may save something, by samples from four places: a part may be zeros, the rest noise."""
+    return len(data) <= 4 * _SAMPLE_BYTES or any(
+        len(packer.compress(sample)) <= _WORTH * len(sample)
+        for sample in (data[len(data) * eighth // 8 :][:_SAMPLE_BYTES] for eighth in (1, 3, 5, 7))
+    )
 
 
 def _unpacked(width: int, rotated: bool, payload: memoryview, out: memoryview) -> tuple[Sequence[Buffer], memoryview]:

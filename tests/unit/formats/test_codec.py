@@ -35,6 +35,12 @@ NORMAL = np.random.default_rng(0).standard_normal(MiB // 4).astype(np.float32) *
         ((NORMAL.view(np.uint32) & 0xFFFF0000).astype(np.uint32), Words(4, True), PLANES, 0.36),
         (RANDOM.standard_normal(MiB // 4, np.float32).round() * np.float32(0.01), Words(4, True), ZSTD, 0.25),
         (np.where(RANDOM.random(MiB // 4) < 0.1, NORMAL, 0), Words(4, True), ZSTD, 0.16),
+        (np.append(np.zeros(MiB // 8), NORMAL[: MiB // 8]).astype(np.float32), Words(4, True), PLANES, 0.42),
+        (np.append(NORMAL[: MiB // 8], np.zeros(MiB // 8)).astype(np.float32), Words(4, True), PLANES, 0.42),
+        (np.append(RANDOM.integers(0, 256, MiB // 2), np.zeros(MiB // 2)).astype(np.uint8), OPAQUE, ZSTD, 0.51),
+        (np.full(4 * MiB // 2, 0x3F80, np.uint16), Words(2, True), PLANES, 200 / (4 * MiB)),
+        (np.zeros(4 * MiB // 4, np.float32), Words(4, True), ZSTD, 200 / (4 * MiB)),
+        (np.full(4 * MiB // 8, 7), Words(8), ZSTD, 410 / (4 * MiB)),
     ],
     ids=[
         "bf16",
@@ -51,6 +57,12 @@ NORMAL = np.random.default_rng(0).standard_normal(MiB // 4).astype(np.float32) *
         "bf16 in fp32",
         "int4 in fp32",
         "sparse",
+        "padded in front",
+        "padded behind",
+        "half noise",
+        "ones",
+        "zeros in fp32",
+        "sevens in int64",
     ],
 )
 def test_each_kind_of_data_finds_its_codec(plain: np.ndarray, words: Words, chosen: int, ratio: float) -> None:
