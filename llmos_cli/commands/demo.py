@@ -260,7 +260,7 @@ def _summary(runner: _Runner, text_bytes: int, completion: str) -> None:
     out.line("")
     out.line(
         f"{size(text_bytes)} of text became a served model in {duration(seconds)}. The store holds "
-        f"{size(found.logical)} of files in {size(found.needed)} ({percent(found.needed, found.logical)})."
+        f"{size(found.logical)} of files in {size(found.stored)} ({percent(found.stored, found.logical)})."
     )
     with contextlib.suppress(ValueError):
         folder = runner.folder.relative_to(Path.cwd())
@@ -280,6 +280,6 @@ def _summary(runner: _Runner, text_bytes: int, completion: str) -> None:
             "completion": completion,
             "steps": [dataclasses.asdict(step) for step in runner.steps],
             "logical": found.logical,
-            "physical": found.physical,
+            "physical": found.disk,
         }
     )

@@ -11,7 +11,8 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -19,9 +20,9 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from llmos_cli.errors import Busy, Damaged, LlmosError
 from llmos_cli.formats import limits
 from llmos_cli.formats.codec import ADOPTED
-from llmos_cli.formats.frame import MANIFEST
+from llmos_cli.formats.frame import HEADER_BYTES, MANIFEST
 from llmos_cli.formats.ids import ID_BYTES, ObjectId
-from llmos_cli.formats.pack import Entry
+from llmos_cli.formats.pack import ALIGNMENT, ENTRY_SIZE, Entry
 from llmos_cli.store import durable
 
 SCHEMA_VERSION: Final = 2
@@ -38,6 +39,20 @@ CREATE TABLE recipes (manifest BLOB PRIMARY KEY, recipe BLOB) WITHOUT ROWID;
 CREATE INDEX recipes_by_key ON recipes (recipe);
 CREATE TABLE facts (kind TEXT, key BLOB, value BLOB NOT NULL, PRIMARY KEY (kind, key)) WITHOUT ROWID;
 """
+_MALFORMED: Final = " OR ".join(
+    [f"typeof({name}) != 'blob' OR length({name}) != {ID_BYTES}" for name in ("id", "base")]
+    + [
+        f"typeof({name}) != 'integer' OR {name} NOT BETWEEN 0 AND {limits.PACK_BYTES}"
+        for name in ("offset", "payload", "plain", "kind", "codec", "depth")
+    ]
+)
+_STORED: Final = f"(payload + {HEADER_BYTES + ALIGNMENT - 1}) / {ALIGNMENT} * {ALIGNMENT} + {ENTRY_SIZE}"
+_FEW: Final = 4000  # objects that are looked up one by one rather than sifted out of all
+_BATCH: Final = 4096
+_STORED = (  # as Entry.stored_size, with the bytes in an adopted file
+    f"(({HEADER_BYTES} + payload + {ALIGNMENT - 1}) / {ALIGNMENT} * {ALIGNMENT}) + {ENTRY_SIZE}"
+    f" + (CASE codec WHEN {ADOPTED} THEN plain ELSE 0 END)"
+)
 _ROW = "o.id, o.base, o.offset, o.payload, o.plain, o.kind, o.codec, o.depth"
 _COMPLETE: Final = 0x6C6C6D6F  # application_id of an index that has been filled once
 _WAL_TRIES: Final = 1000
@@ -49,6 +64,11 @@ _NO_FILE: Final = {
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_PERM,
 }
+
+Copy = tuple[bytes, int, int, bytes | None]
+"""A copy of an object: id, number of its pack, bytes it takes there, a delta's base."""
+Double = tuple[bytes, int, int, int, int]
+"""One of several copies of an object: id, kind, depth, bytes it takes, number of its pack."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -82,6 +102,20 @@ def _healing(method: "Callable[Concatenate[Index, P], T]") -> "Callable[Concaten
                 ) from exc
 
     return call
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the objects of a store take, in columns, since there are millions: ids of 32 bytes each in ascending order,
+    plain and stored bytes, and whether the copy that is read first is a delta; then every pair of a delta and its base,
+    by the delta's id."""
+
+    ids: bytearray
+    plain: "array[int]"
+    stored: "array[int]"
+    is_delta: bytearray
+    deltas: bytearray
+    bases: bytearray
 
 
 @dataclass(frozen=True)
@@ -197,31 +231,73 @@ class Index:
             return {_id(name): (size, sums.get(number, 0)) for number, name, size in rows}
 
     @_healing
-    def stored_sizes(self) -> dict[ObjectId, int]:
-        """What each object takes in packs and adopted files, all its copies together, in bytes."""
+    def ledger(self) -> Ledger:
+        """What every object takes in packs and adopted files, all its copies together, and what deltas rest on."""
+        sums = f"SELECT id, MIN(plain), MIN(depth), SUM({_STORED}) FROM objects GROUP BY id ORDER BY id"
+        rests = "SELECT id, base FROM objects WHERE depth > 0 ORDER BY id"
+        ledger = Ledger(bytearray(), array("q"), array("q"), bytearray(), bytearray(), bytearray())
         with self._cursor() as cursor:
-            sizes: dict[ObjectId, int] = {}
-            for row in cursor.execute(f"SELECT {_ROW} FROM objects o"):
-                entry = _entry(row)
-                outside = entry.plain_size if entry.codec == ADOPTED else 0
-                sizes[entry.id] = sizes.get(entry.id, 0) + entry.stored_size + outside
-            return sizes
+            for ids, plain, depth, stored in _columns(cursor.execute(sums)):
+                ledger.ids.extend(_joined(ids))
+                try:
+                    ledger.plain.extend(plain)
+                    ledger.stored.extend(stored)
+                    ledger.is_delta.extend(map(bool, bytes(depth)))
+                except (TypeError, ValueError, OverflowError) as exc:
+                    raise _Unusable("a row has a value outside the declared limits", keep=False) from exc
+            for deltas, bases in _columns(cursor.execute(rests)):
+                ledger.deltas.extend(_joined(deltas))
+                ledger.bases.extend(_joined(bases))
+        return ledger
 
     @_healing
-    def bases(self, objects: set[ObjectId]) -> set[ObjectId]:
+    def bases(self, objects: Set[bytes]) -> set[ObjectId]:
         """The bases that stored deltas among `objects` rest on, and theirs in turn."""
-        with self._cursor() as cursor:
-            rows = cursor.execute("SELECT id, base FROM objects WHERE depth > 0")
-            bases_of: dict[ObjectId, set[ObjectId]] = {}
-            for oid, base in rows:  # copies of one object may rest on different bases
-                bases_of.setdefault(_id(oid), set()).add(_id(base))
         found: set[ObjectId] = set()
-        waiting = list(objects)
-        while waiting:
-            fresh = bases_of.get(waiting.pop(), set()) - found
-            found |= fresh
-            waiting += fresh
+        fresh: Set[bytes] = objects
+        with self._cursor() as cursor:
+            while fresh:  # copies of one object may rest on different bases
+                if len(fresh) <= _FEW:
+                    query = "SELECT base FROM objects WHERE id = ? AND depth > 0"
+                    named = (row[0] for oid in fresh for row in cursor.execute(query, (oid,)))
+                else:
+                    rows = cursor.execute("SELECT id, base FROM objects WHERE depth > 0")
+                    named = (base for oid, base in rows if oid in fresh)
+                new = {_id(base) for base in named if base not in found}
+                found |= new
+                fresh = new
         return found
+
+    @_healing
+    def resting(self, bases: Set[bytes]) -> list[tuple[ObjectId, ObjectId, int]]:
+        """The stored deltas that rest right on some of `bases`: delta, base, depth."""
+        with self._cursor() as cursor:
+            rows = cursor.execute("SELECT id, base, depth FROM objects WHERE depth > 0")
+            return [(_id(oid), _id(base), depth) for oid, base, depth in rows if base in bases]
+
+    @_healing
+    def over_copies(self, work: "Callable[[dict[int, ObjectId], Iterable[Copy], Iterable[Double]], T]") -> T:
+        """Give `work` the names of the packs by number, every copy of every object, and once more those of objects that
+        have several, one object after the other; returns what it does. It is done again if the index turns out to be
+        broken."""
+        with self._cursor() as cursor:
+            if cursor.execute(f"SELECT 1 FROM objects WHERE {_MALFORMED} LIMIT 1").fetchone():
+                raise _Unusable("a row has a value outside the declared limits", keep=False)
+            names = {number: _id(name) for number, name in cursor.execute("SELECT number, name FROM packs")}
+            doubles = (
+                f"SELECT id, kind, depth, {_STORED}, pack FROM objects "
+                "WHERE id IN (SELECT id FROM objects GROUP BY id HAVING count(*) > 1) ORDER BY id"
+            )
+            known = "pack IN (SELECT number FROM packs)"
+            copies = f"SELECT id, pack, {_STORED}, iif(depth, base, NULL) FROM objects WHERE {known}"
+            return work(names, cursor.execute(copies), self._connection.execute(doubles))
+
+    @_healing
+    def starting_with(self, prefix: str) -> list[ObjectId]:
+        """Ids of objects of any kind that start with a hex prefix, in order."""
+        with self._cursor() as cursor:
+            query = "SELECT DISTINCT id FROM objects WHERE id BETWEEN ? AND ? ORDER BY id"
+            return [_id(row[0]) for row in cursor.execute(query, _range(prefix))]
 
     @_healing
     def adopted(self) -> set[tuple[ObjectId, ObjectId]]:
@@ -233,11 +309,9 @@ class Index:
     @_healing
     def manifests(self, prefix: str = "") -> list[ObjectId]:
         """Ids of manifests that start with a hex prefix, in order."""
-        low = bytes.fromhex(prefix + "0" * (64 - len(prefix)))
-        high = bytes.fromhex(prefix + "f" * (64 - len(prefix)))
         query = "SELECT DISTINCT id FROM objects WHERE kind = ? AND id BETWEEN ? AND ? ORDER BY id"
         with self._cursor() as cursor:
-            return [_id(row[0]) for row in cursor.execute(query, (MANIFEST, low, high))]
+            return [_id(row[0]) for row in cursor.execute(query, (MANIFEST, *_range(prefix)))]
 
     @_healing
     def unread_manifests(self) -> list[ObjectId]:
@@ -393,6 +467,23 @@ def _entry(row: Sequence[Any]) -> Entry:
     if not all(type(number) is int and 0 <= number <= limits.PACK_BYTES for number in numbers):
         raise _Unusable("a row has a value outside the declared limits", keep=False)
     return entry
+
+
+def _range(prefix: str) -> tuple[bytes, bytes]:
+    """The first and the last id that start with a hex prefix."""
+    return bytes.fromhex(prefix.ljust(2 * ID_BYTES, "0")), bytes.fromhex(prefix.ljust(2 * ID_BYTES, "f"))
+
+
+def _columns(cursor: sqlite3.Cursor) -> Iterator[tuple[tuple[Any, ...], ...]]:
+    """A long answer by columns, some thousand rows at a time."""
+    while rows := cursor.fetchmany(_BATCH):
+        yield tuple(zip(*rows, strict=True))
+
+
+def _joined(ids: Sequence[object]) -> bytes:
+    if any(type(value) is not bytes or len(value) != ID_BYTES for value in ids):
+        raise _Unusable("a row has a malformed id", keep=False)
+    return b"".join(ids)  # type: ignore[arg-type]
 
 
 def _id(value: object) -> ObjectId:

@@ -1,7 +1,8 @@
 """The two streams of a command: data on stdout, everything else on stderr.
 
 One `Output` serves a person and a script alike: with `json`, human lines vanish and `result` prints one line of JSON.
-On a terminal, escape sequences in what is shown are spelled out; data on a pipe passes as it is.
+Escape sequences in what is shown are spelled out, also on a pipe, which may well end at a terminal (`| less -R`). As it
+is passes generated text on a pipe, and whatever stands in JSON, which has escapes of its own.
 Streams are looked up at each write, so a test or a caller may replace `sys.stdout`.
 """
 
@@ -47,7 +48,7 @@ class Output:
     def line(self, text: str = "") -> None:
         """A line of data for a person; nothing in JSON mode."""
         if not self.json:
-            _write_out((safe(text) if _is_terminal(sys.stdout) else text) + "\n")
+            _write_out(safe(text) + "\n")
 
     def text(self, text: str) -> None:
         """A piece of a stream (generated text), shown at once and without a line end; nothing in JSON mode."""

@@ -1,6 +1,14 @@
 """`llmos(...)` runs one command line in this process, from parsing to exit code, in an empty folder."""
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,3 +74,30 @@ def store(llmos: Llmos, folder: Path) -> Path:
     assert llmos("tag", "notes", "notes:v1").code == 0
     assert llmos("add", "a.txt", "b.txt", "notes").code == 0
     return folder / ".llmos"
+
+
+@pytest.fixture
+def on_terminal(folder: Path) -> Callable[..., str]:
+    """Run one command line in a process of its own whose stdout and stderr are a terminal of `columns` columns; gives
+    what it wrote there, lines ended by one new line."""
+
+    def run(columns: int, *words: str | Path) -> str:
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
+        with subprocess.Popen(
+            [sys.executable, "-m", "llmos_cli", *map(str, words)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment | {"TERM": "xterm-256color", "PYTHONUTF8": "1"},
+        ):
+            os.close(theirs)
+            written = b""
+            with contextlib.suppress(OSError):  # EIO: the other side has been closed
+                while block := os.read(ours, 65536):
+                    written += block
+        os.close(ours)
+        return written.decode().replace("\r\n", "\n")
+
+    return run

@@ -65,7 +65,7 @@ def test_damage_is_an_error_that_names_the_file(llmos: Llmos, model: Path) -> No
 def test_gc_and_du_name_adopted_files(llmos: Llmos, model: Path) -> None:
     assert llmos("add", "--adopt", model, "m").code == 0
     assert "1.20 MB of the store is adopted files" in llmos("du").out
-    assert llmos("--json", "du").json["adopted"] == 1_200_000
+    assert llmos("--json", "du").json["adopted_bytes"] == 1_200_000
     assert llmos("rm", "m").code == 0
     assert "1 adopted file let go" in llmos("gc", "--grace", "0", "--dry-run").out
     assert llmos("--json", "gc", "--grace", "0").json["released_files"] == 1

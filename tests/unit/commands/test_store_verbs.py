@@ -216,21 +216,6 @@ def test_rm_checks_every_name_before_it_removes_any(llmos: Llmos, store: Path) -
     assert llmos("show", "notes").code == 0
 
 
-def test_du_tells_shared_from_own(llmos: Llmos, store: Path) -> None:
-    (store.parent / "big").write_bytes(os.urandom(50_000))
-    llmos("add", "big", "one")
-    llmos("tag", "one", "two")
-    found = {item["ref"]: item for item in llmos("du", "--json").json["refs"]}
-    assert found["one:latest"]["logical"] == 50_000
-    assert found["one:latest"]["physical"] == found["two:latest"]["physical"] >= 50_000
-    assert found["one:latest"]["own"] == 0
-    llmos("rm", "two")
-    (alone,) = llmos("du", "one", "--json").json["refs"]
-    assert alone["own"] == alone["physical"]
-    assert llmos("du").out.splitlines()[0].split() == ["REF", "KIND", "FILES", "STORED", "OWN"]
-    assert llmos("du", "@0123").code == 2
-
-
 def test_names_with_escape_sequences_reach_no_terminal(llmos: Llmos, store: Path) -> None:
     (store.parent / "evil\x1b[2J").write_text("x")
     ran = llmos("add", "evil\x1b[2J", "evil")

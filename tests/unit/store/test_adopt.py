@@ -320,7 +320,7 @@ def test_du_counts_an_adopted_file_once(store: Store, lab: Any, file: Path) -> N
     adopt(store, "m:too", file)
     found = usage(store)
     assert found.adopted == file.stat().st_size
-    assert found.adopted < found.needed < found.physical < found.adopted + 5000
+    assert found.adopted < found.stored < found.disk < found.adopted + 5000
     assert [ref.own > MIN_BYTES for ref in found.refs] == [False, False]
 
 
