@@ -11,7 +11,7 @@ from typing import Any, Final
 from llmos_cli.errors import Damaged, UnknownVersion, UsageError
 from llmos_cli.formats import canonical, limits
 from llmos_cli.formats.canonical import Json
-from llmos_cli.formats.ids import ObjectId, object_id, parse_id
+from llmos_cli.formats.ids import ID_BYTES, ObjectId, object_id, parse_id
 from llmos_cli.formats.names import check_paths
 
 VERSION: Final = 1
@@ -142,14 +142,17 @@ def decode_manifest(data: bytes) -> Manifest:
     return Manifest(top["kind"], entries, meta, None if top["recipe"] is None else _recipe_from_json(top["recipe"]))
 
 
-def listed_chunks(data: bytes) -> list[ObjectId]:
-    """The chunks of a manifest whose bytes are proven by its id, an order of magnitude faster than `decode_manifest`:
-    what is not as a writer of this version leaves it is read strictly."""
+def listed_chunks(data: bytes) -> list[bytes]:
+    """The ids of the chunks of a manifest whose bytes are proven by its own, two orders of magnitude faster than
+    `decode_manifest`: what is not as a writer of this version leaves it is read strictly."""
     try:
         top = json.loads(data)
         if type(top["version"]) is int and top["version"] == VERSION:
-            return [ObjectId(bytes.fromhex(pair[0])) for entry in top["files"] for pair in entry["chunks"]]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError, Damaged):
+            digits = [pair[0] for entry in top["files"] for pair in entry["chunks"]]
+            ids = bytes.fromhex("".join(digits))
+            if set(map(len, digits)) <= {2 * ID_BYTES} and len(ids) == ID_BYTES * len(digits):
+                return [ids[at : at + ID_BYTES] for at in range(0, len(ids), ID_BYTES)]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         pass
     return [chunk.id for entry in decode_manifest(data).files for chunk in entry.chunks]
 

@@ -9,17 +9,18 @@ is unlinked only after another copy has been read and proven by its id.
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmos_cli.errors import Damaged, NoSpace, NotFound
-from llmos_cli.formats import limits
 from llmos_cli.formats.frame import check_payload, encode_header
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.pack import Entry
 from llmos_cli.progress import Progress
 from llmos_cli.store import durable
+from llmos_cli.store.chains import DEEPEST
+from llmos_cli.store.clock import check_clock
 from llmos_cli.store.frames import read_frame, verify_frame
 from llmos_cli.store.handle import Store
 from llmos_cli.store.leases import hold, hold_alone, live_leases
@@ -33,7 +34,8 @@ from llmos_cli.store.packs import (
     restore_pack,
     sync_index,
 )
-from llmos_cli.store.reach import find_roots, reachable
+from llmos_cli.store.reach import Root, find_roots, reachable
+from llmos_cli.store.weights import staying, weigh
 
 _BUSY_SECONDS = 60.0  # a temporary file written to since then is somebody's, lease or not
 _REWRITE_DEAD_SHARE = 0.5  # a pack is rewritten once this much of it is dead
@@ -93,82 +95,132 @@ class GcResult:
     released: int = 0
 
 
-def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | None = None) -> GcPlan:
-    """Decide what can go; changes nothing but the index. Raises Damaged if any root cannot be read."""
+@dataclass(frozen=True)
+class Moment:
+    """When a plan is made, and what counts as old then: past the grace period, and from before any open transaction."""
+
+    now: float
+    grace: float
+    oldest_write: float
+    writers: int
+
+    def is_settled(self, written: float) -> bool:
+        return self.now - written >= self.grace and written < self.oldest_write
+
+
+def moment(store: Store, grace_seconds: float | None, now: float | None) -> Moment:
+    """Look at the clock and at who is writing."""
     now = time.time() if now is None else now
     grace = store.config.gc.grace_hours * _HOUR_SECONDS if grace_seconds is None else grace_seconds
-    sync_index(store)
     writers = [lease for lease in live_leases(store) if lease.writes]
-    oldest_write = min((lease.since for lease in writers), default=now)
-    live = reachable(store, find_roots(store, since=now - store.config.gc.keep_days * _DAY_SECONDS))
+    return Moment(now, grace, min((lease.since for lease in writers), default=now), len(writers))
+
+
+def roots_now(store: Store, now: float) -> list[Root]:
+    """What keeps objects alive now."""
+    return find_roots(store, since=now - store.config.gc.keep_days * _DAY_SECONDS)
+
+
+def living(store: Store, now: float) -> set[bytes]:
+    """Every object that is needed now. Raises Damaged if any root cannot be read."""
+    return reachable(store, roots_now(store, now))
+
+
+def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | None = None) -> GcPlan:
+    """Decide what can go; changes nothing but the index. Raises Damaged if any root cannot be read."""
+    sync_index(store)
+    when = moment(store, grace_seconds, now)
+    live = living(store, when.now)
     present = list_packs(store.packs)
-    homes = _homes(store, live, present)
-    if live - {oid for oid, _ in homes}:  # missing, or only from the index: what can be found must not look dead
-        reread_packs(store)
-        homes = _homes(store, live, present)
-    all_there = not live - {oid for oid, _ in homes}
-    trash, rewrite = [], []
-    live_bytes = kept_bytes = 0
-    for name, path in present.items():
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            continue
-        entries = store.index.entries(name)
-        staying = tuple(entry for entry in entries if homes.get((entry.id, entry.kind)) == name)
-        staying_bytes = sum(entry.stored_size for entry in staying)
-        dead_bytes = sum(entry.stored_size for entry in entries) - staying_bytes
-        live_bytes += staying_bytes
-        emptied = not entries and all_there  # damaged; a repair saw to it that what is needed of it is whole elsewhere
-        if emptied:
-            dead_bytes = status.st_size
-        if not (dead_bytes or emptied):
-            continue
-        if now - status.st_mtime < grace or status.st_mtime >= oldest_write:
-            kept_bytes += dead_bytes
-        elif not staying:
-            trash.append(PackPlan(name, path, status.st_size, (), status.st_size))
-        elif dead_bytes >= _REWRITE_DEAD_SHARE * (dead_bytes + staying_bytes):
-            rewrite.append(PackPlan(name, path, status.st_size, staying, dead_bytes))
-        else:
-            kept_bytes += dead_bytes
+    judged = _judge(store, when, live, present)
+    trash = tuple(pack for pack in judged.going if not pack.live)
+    rewrite = tuple(pack for pack in judged.going if pack.live)
     unlink, waiting_bytes = [], 0
     for name, path in list_packs(store.trash).items():
         try:
             status = path.stat()
         except FileNotFoundError:
             continue
-        if now - status.st_mtime >= grace and not writers:
+        if when.now - status.st_mtime >= when.grace and not when.writers:
             unlink.append(PackPlan(name, path, status.st_size, (), status.st_size))
         else:
             waiting_bytes += status.st_size
-    gone = {pack.name for pack in (*unlink, *(trash + rewrite if grace == 0 and not writers else ()))}
-    orphans = () if writers else find_orphans(store, without=gone, before=now - grace)
-    temporary = tuple(_leftovers(store, now, oldest_write, grace, bool(writers)))
+    at_once = (*trash, *rewrite) if when.grace == 0 and not when.writers else ()
+    gone = {pack.name for pack in (*unlink, *at_once)}
     return GcPlan(
-        tuple(trash),
-        tuple(rewrite),
+        trash,
+        rewrite,
         tuple(unlink),
-        temporary,
-        live_bytes,
-        kept_bytes,
+        tuple(_leftovers(store, when)),
+        judged.live_bytes,
+        judged.kept_bytes,
         waiting_bytes,
-        len(writers),
-        grace,
-        orphans,
+        when.writers,
+        when.grace,
+        () if when.writers else find_orphans(store, without=gone, before=when.now - when.grace),
     )
 
 
-def execute_gc(store: Store, plan: GcPlan, progress: Progress) -> GcResult:
-    """Carry out a plan. Raises Busy if another gc runs. Crashing at any point loses nothing; the next gc goes on."""
-    with _alone(store):
+@dataclass(frozen=True)
+class _Judged:
+    going: list[PackPlan]
+    live_bytes: int
+    kept_bytes: int
+
+
+def _judge(store: Store, when: Moment, live: set[bytes], present: dict[ObjectId, Path]) -> _Judged:
+    """Which packs go. What stays on the disk must stay readable, needed or not: whoever finds a chunk in the store
+    does not write it again. So a dead delta in a pack that stays keeps its base alive."""
+    weights = weigh(store, live, present.keys())
+    if weights.found < len(live):  # missing, or only from the index: what can be found must not look dead
+        reread_packs(store)
+        weights = weigh(store, live, present.keys())
+    all_there = weights.found == len(live)
+    while True:
+        going, kept_bytes, bases = [], 0, set()
+        for name, weight in weights.packs.items():
+            try:
+                status = present[name].stat()
+            except FileNotFoundError:
+                continue
+            dead = weight.dead
+            emptied = not weight.objects and all_there  # damaged; what is needed of it is whole elsewhere
+            if emptied:
+                dead = status.st_size
+            if not (dead or emptied):
+                continue
+            if not when.is_settled(status.st_mtime) or (
+                weight.staying and dead < _REWRITE_DEAD_SHARE * (dead + weight.live)
+            ):
+                kept_bytes += dead
+                bases |= weight.bases
+                continue
+            freed = dead if weight.staying else status.st_size
+            going.append((name, status.st_size, freed, weight))
+        fresh = {ObjectId(base) for base in bases if base not in live and store.index.has(ObjectId(base))}
+        if not fresh:
+            break
+        live |= fresh | store.index.bases(fresh)
+        weights = weigh(store, live, present.keys())
+    plans = [
+        PackPlan(name, present[name], size, staying(store, name, weight, live) if weight.staying else (), freed)
+        for name, size, freed, weight in going
+    ]
+    return _Judged(plans, sum(weight.live for weight in weights.packs.values()), kept_bytes)
+
+
+def execute_gc(store: Store, plan: GcPlan, progress: Progress, *, now: float | None = None) -> GcResult:
+    """Carry out a plan. Raises Busy if another gc runs, Unsafe if the clock cannot be trusted. Crashing at any point
+    loses nothing; the next gc goes on."""
+    check_clock(store, now)
+    with alone(store):
         trashed = 0
         with progress.task("rewriting packs", total=sum(pack.size - pack.freed for pack in plan.rewrite)) as task:
             for pack in plan.rewrite:
                 if _rewrite(store, pack):
-                    trashed += _trash(store, pack)
+                    trashed += trash_pack(store, pack)
                 task.advance(pack.size - pack.freed)
-        trashed += sum(_trash(store, pack) for pack in plan.trash)
+        trashed += sum(trash_pack(store, pack) for pack in plan.trash)
         freed = sum(size for path, size in plan.temporary if _remove(path))
         # A writer that is seen here may still need anything; one that is not has either moved its ref already, which
         # the marking below sees, or begins only now, when the index no longer offers it what lies in the trash.
@@ -183,26 +235,12 @@ def execute_gc(store: Store, plan: GcPlan, progress: Progress) -> GcResult:
 
 
 @contextlib.contextmanager
-def _alone(store: Store) -> Iterator[None]:
+def alone(store: Store) -> Iterator[None]:
     """One gc at a time; but where the disk has no room even for a lease, giving space back is worth a race of two."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(NoSpace):
             stack.enter_context(hold_alone(store, "gc", "gc"))
         yield
-
-
-def _homes(store: Store, live: set[ObjectId], present: Iterable[ObjectId]) -> dict[tuple[ObjectId, int], ObjectId]:
-    """For each live object (and kind of frame) the one pack that keeps it; further copies are dead weight.
-
-    The least deep copy stays: what rests on the object may need it.
-    """
-    homes: dict[tuple[ObjectId, int], tuple[int, ObjectId]] = {}
-    for name in present:
-        for entry in store.index.entries(name):
-            if entry.id in live:
-                key, copy = (entry.id, entry.kind), (entry.depth, name)
-                homes[key] = min(homes.get(key, copy), copy)
-    return {key: name for key, (_, name) in homes.items()}
 
 
 def _rewrite(store: Store, plan: PackPlan) -> bool:
@@ -229,7 +267,8 @@ def _copy_live(store: Store, plan: PackPlan) -> None:
         writer.publish(store)
 
 
-def _trash(store: Store, pack: PackPlan) -> int:
+def trash_pack(store: Store, pack: PackPlan) -> int:
+    """Take a pack out of the index, then out of sight; returns the bytes that this will free."""
     store.index.drop_pack(pack.name)
     durable.touch(pack.path)  # its time in the trash starts now
     return pack.freed if durable.move(pack.path, store.trash / pack.path.name) else 0
@@ -237,33 +276,44 @@ def _trash(store: Store, pack: PackPlan) -> int:
 
 def _restore_needed(store: Store, ready: set[ObjectId]) -> int:
     """Look again: a pack leaves the trash if something alive in it is nowhere else. The other copies of what is in a
-    pack that is `ready` to be unlinked are proven, and no deeper."""
+    pack that is `ready` to be unlinked are proven, and not too deep for what rests on them."""
     waiting = list_packs(store.trash)
-    live = reachable(store, find_roots(store, since=time.time() - store.config.gc.keep_days * _DAY_SECONDS))
+    live: Set[bytes] = living(store, time.time()) if waiting else frozenset()
+    above: dict[bytes, int] = {}  # for what is to go: the least depth of a delta that rests on it
+    going = {entry.id for name in ready & waiting.keys() for entry in _entries(waiting[name]) if entry.id in live}
+    for _, base, depth in store.index.resting(going) if going else ():
+        above[base] = min(depth, above.get(base, depth))
     whole: dict[ObjectId, int] = {}  # the depths that copies outside the trash, proven, do not exceed
     for name, path in waiting.items():
-        try:
-            content = read_pack(path)
-        except NotFound:
-            continue
-        for entry in content.entries:
-            if entry.id not in live or whole.get(entry.id, limits.DELTA_DEPTH + 1) <= entry.depth:
+        for entry in _entries(path):
+            if entry.id not in live:
                 continue
-            if not (_has_whole_copy(store, entry) if name in ready else find_holder(store, entry.id)):
-                restore_pack(store, name, path, content)
+            most = max(entry.depth, above.get(entry.id, DEEPEST) - 1)
+            if whole.get(entry.id, DEEPEST) <= most:
+                continue
+            found = _proven_depth(store, entry.id, most) if name in ready else None
+            if found is None and (name in ready or not find_holder(store, entry.id)):
+                restore_pack(store, name, path, read_pack(path))
                 break
-            if name in ready:
-                whole[entry.id] = entry.depth
+            if found is not None:
+                whole[entry.id] = found
     return sum(store.pack_path(name).exists() for name in waiting)  # reading manifests brings some back as well
 
 
-def _has_whole_copy(store: Store, entry: Entry) -> bool:
-    for location in store.index.locate(entry.id):
-        if location.entry.depth <= entry.depth:
+def _entries(path: Path) -> Sequence[Entry]:
+    with contextlib.suppress(NotFound):
+        return read_pack(path).entries
+    return ()
+
+
+def _proven_depth(store: Store, oid: ObjectId, most: int) -> int | None:
+    """The depth of a copy outside the trash that has been read and proven, and is not deeper than `most`."""
+    for location in store.index.locate(oid):
+        if location.entry.depth <= most:
             with contextlib.suppress(Damaged, FileNotFoundError):
                 verify_frame(store, store.pack_path(location.pack), location.entry)
-                return True
-    return False
+                return location.entry.depth
+    return None
 
 
 def _remove(path: Path) -> bool:
@@ -273,7 +323,7 @@ def _remove(path: Path) -> bool:
     return durable.remove(path)
 
 
-def _leftovers(store: Store, now: float, oldest_write: float, grace: float, writing: bool) -> list[tuple[Path, int]]:
+def _leftovers(store: Store, when: Moment) -> list[tuple[Path, int]]:
     """Temporary files no living transaction can own, and removed refs whose time in the trash is over."""
     found: dict[Path, int] = {}
     for folder in (store.root, store.tmp, store.leases):
@@ -282,11 +332,12 @@ def _leftovers(store: Store, now: float, oldest_write: float, grace: float, writ
                 status = path.lstat()
                 linked = path.suffix == durable.LINK_SUFFIX  # its times of writing are its owner's
                 written = status.st_ctime if linked else status.st_mtime
-                age = now - written
-                if age >= _BUSY_SECONDS and written < oldest_write and (not writing or age >= _DAY_SECONDS):
+                age = when.now - written
+                if age >= _BUSY_SECONDS and written < when.oldest_write and (not when.writers or age >= _DAY_SECONDS):
                     found[path] = status.st_size
+    keep = max(when.grace, store.config.gc.keep_days * _DAY_SECONDS)
     for path in store.trash.glob("ref-*"):
         with contextlib.suppress(FileNotFoundError):
-            if now - path.lstat().st_mtime >= max(grace, store.config.gc.keep_days * _DAY_SECONDS):
+            if when.now - path.lstat().st_mtime >= keep:
                 found[path] = sum(child.lstat().st_size for child in path.glob("**/*"))
     return sorted(found.items())

@@ -46,7 +46,7 @@ _MALFORMED: Final = " OR ".join(
         for name in ("offset", "payload", "plain", "kind", "codec", "depth")
     ]
 )
-_STORED: Final = f"(payload + {HEADER_BYTES + ALIGNMENT - 1}) / {ALIGNMENT} * {ALIGNMENT} + {ENTRY_SIZE}"
+_IN_PACK: Final = f"(payload + {HEADER_BYTES + ALIGNMENT - 1}) / {ALIGNMENT} * {ALIGNMENT} + {ENTRY_SIZE}"
 _FEW: Final = 4000  # objects that are looked up one by one rather than sifted out of all
 _BATCH: Final = 4096
 _STORED = (  # as Entry.stored_size, with the bytes in an adopted file
@@ -285,11 +285,11 @@ class Index:
                 raise _Unusable("a row has a value outside the declared limits", keep=False)
             names = {number: _id(name) for number, name in cursor.execute("SELECT number, name FROM packs")}
             doubles = (
-                f"SELECT id, kind, depth, {_STORED}, pack FROM objects "
+                f"SELECT id, kind, depth, {_IN_PACK}, pack FROM objects "
                 "WHERE id IN (SELECT id FROM objects GROUP BY id HAVING count(*) > 1) ORDER BY id"
             )
-            known = "pack IN (SELECT number FROM packs)"
-            copies = f"SELECT id, pack, {_STORED}, iif(depth, base, NULL) FROM objects WHERE {known}"
+            known = "+pack IN (SELECT number FROM packs)"  # +: not by the index on packs, which would jump about
+            copies = f"SELECT id, pack, {_IN_PACK}, iif(depth, base, NULL) FROM objects WHERE {known}"
             return work(names, cursor.execute(copies), self._connection.execute(doubles))
 
     @_healing
