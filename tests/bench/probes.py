@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from llmos_cli.formats import codec, limits
 from llmos_cli.formats.ids import ObjectId, object_id
 from llmos_cli.formats.names import RefName
@@ -99,3 +101,56 @@ def changed_bytes(before: Path, after: Path) -> int:
             if read(tensor.start, tensor.end) != os.pread(old.fileno(), size, tensor.start):
                 changed += size
     return changed
+
+
+@dataclass(frozen=True)
+class Load:
+    """Seconds until every tensor is there, and until every page of them has been read once."""
+
+    there: float
+    read: float
+
+
+def load_stored(store: Path, name: str) -> Load:
+    """All tensors of a stored model into torch."""
+    from llmos_cli.models.weights import load_state_dict
+
+    with open_store(store) as opened:
+        manifest = read_manifest(opened, resolve(opened, name).id)
+        return _loaded(lambda: load_state_dict(opened, manifest))
+
+
+def load_plain(model: Path) -> Load:
+    """The same from the plain file, as safetensors does it."""
+    from safetensors.torch import load_file
+
+    return _loaded(lambda: load_file(model / FILE))
+
+
+def load_one(store: Path, name: str) -> tuple[float, int, int]:
+    """Seconds of reading the largest tensor alone, its bytes, and the bytes that this takes from the disk."""
+    from llmos_cli.models.weights import read_tensor
+    from llmos_cli.store.objects import open_file
+    from llmos_cli.store.tensors import tensor_table
+
+    with open_store(store) as opened:
+        table = tensor_table(opened, read_manifest(opened, resolve(opened, name).id))
+        entry, info = max(table.values(), key=lambda item: item[1].end - item[1].start)
+        before = _read_so_far()
+        started = time.perf_counter()
+        read_tensor(open_file(opened, entry), info)
+        return time.perf_counter() - started, info.end - info.start, _read_so_far() - before
+
+
+def _read_so_far() -> int:
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["rchar"])
+
+
+def _loaded(load: Callable[[], dict[str, torch.Tensor]]) -> Load:
+    started = time.perf_counter()
+    state = load()
+    there = time.perf_counter() - started
+    for tensor in state.values():
+        tensor.view(-1).view(torch.uint8)[::4096].sum()
+    return Load(there, time.perf_counter() - started)

@@ -2,9 +2,9 @@
 
 python -m tests.bench.store [--gb 0.7] [--rounds 5] [--dir DIR] [--only PARTS] [--against NAMES] [--peers-venv DIR]
 
-Parts: small, add, again, checkout, chain, fp32, run, train. Contenders: see peers.py; DVC and ZipNN are looked for in
-the virtual environment that --peers-venv names. Models are made as models.py tells, in --dir or in a temporary folder;
-with --dir they are kept and used again.
+Parts: small, add, again, checkout, load, chain, fp32, run, train. Contenders: see peers.py; DVC and ZipNN are looked
+for in the virtual environment that --peers-venv names. Models are made as models.py tells, in --dir or in a temporary
+folder; with --dir they are kept and used again.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import filecmp
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -210,6 +211,38 @@ def checkout(bench: Bench) -> None:
     shutil.rmtree(out)
 
 
+def load(bench: Bench) -> None:
+    """All tensors into torch, each time in a fresh process, and one tensor alone."""
+    bench.with_family()
+    plain, stored = files_below(bench.models / "base"), files_below(bench.store / "packs")
+
+    def from_plain(cold: bool) -> probes.Load:
+        evict(plain if cold else ())
+        return in_child(probes.load_plain, bench.models / "base")
+
+    def from_store(model: str, cold: bool) -> probes.Load:
+        evict(stored if cold else ())
+        return in_child(probes.load_stored, bench.store, model)
+
+    for cold in (True, False):
+        os.sync()
+        taken = alternate(
+            {
+                "load_file": lambda cold=cold: from_plain(cold),
+                "llmos, dense": lambda cold=cold: from_store("base", cold),
+                "llmos, fine-tune": lambda cold=cold: from_store("tuned", cold),
+            },
+            bench.rounds,
+        )
+        print(f"\nall tensors into torch, {'cold' if cold else 'warm'}: seconds until there, until read once")
+        medians = {name: statistics.median(item.read for item in items) for name, items in taken.items()}
+        for name, items in taken.items():
+            print(f"{name:24}{statistics.median(item.there for item in items):9.3f}s{medians[name]:9.3f}s")
+        goal("load of the dense model, to load_file", medians["llmos, dense"] / medians["load_file"], 1 if cold else 2)
+    seconds, size, read = in_child(probes.load_one, bench.store, "base")
+    print(f"one tensor of {size / 1e6:.1f} MB: {1e3 * seconds:.0f} ms, {read / 1e6:.1f} MB read")
+
+
 def chain(bench: Bench) -> None:
     bench.with_family()
     found = in_child(probes.chain, bench.store, "tuned", "base")
@@ -253,6 +286,7 @@ PARTS: Mapping[str, Callable[[Bench], None]] = {
     "add": add,
     "again": again,
     "checkout": checkout,
+    "load": load,
     "chain": chain,
     "fp32": fp32,
     "run": run,

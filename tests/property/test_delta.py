@@ -12,27 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos_cli.errors import Damaged
-from llmos_cli.formats import codec, delta
+from llmos_cli.formats import codec, delta, kernels
 from llmos_cli.formats.codec import DELTA, Words
 from llmos_cli.formats.frame import CHUNK, Frame, check_id, check_payload, decode_payload, new_frame
 from llmos_cli.formats.ids import object_id
 
 HINTS = [Words(width, is_float) for width in (1, 2, 4, 8) for is_float in (False, True)]
 GROUPED = (2, 4, 8)
-LANES = delta._LANES * delta._BLOCK
-compile_once = functools.cache(delta.compile_kernels)
+LANES = kernels.LANES * kernels.BLOCK
+compile_once = functools.cache(delta.find_kernels)
 
 
 @contextlib.contextmanager
-def kernels(compiled: bool) -> Iterator[None]:
-    """Chunks of any size are grouped with numba, or none."""
+def grouping(compiled: bool) -> Iterator[None]:
+    """Chunks of any size are grouped by compiled kernels, or none."""
     wanted = {width: compile_once(width) if compiled else None for width in GROUPED}
-    assert not compiled or all(wanted.values()), "numba works wherever the tests run"
-    before, delta._compiled._kernels = delta._compiled._kernels, wanted
+    assert not compiled or all(wanted.values()), "kernels can be compiled wherever the tests run"
+    before, delta._ready._kernels = delta._ready._kernels, wanted
     try:
         yield
     finally:
-        delta._compiled._kernels = before
+        delta._ready._kernels = before
 
 
 def related(seed: int, size: int, base_size: int, changes: int) -> tuple[bytes, bytes]:
@@ -69,7 +69,7 @@ def decoded(one: codec.Encoded, payload: bytes, base: bytes, size: int) -> bytes
 @given(PAIRS, st.sampled_from(HINTS), st.booleans())
 def test_every_chunk_round_trips_on_every_base(pair: tuple[bytes, bytes], words: Words, compiled: bool) -> None:
     plain, base = pair
-    with kernels(compiled):
+    with grouping(compiled):
         one, payload = encoded(plain, base, words)
         assert (one.codec, one.width, one.rotated) == (DELTA, words.width, words.is_float and words.width > 1)
         assert len(payload) <= len(plain) + 8 * words.width
@@ -99,7 +99,7 @@ def test_the_planes_are_those_of_the_contract(pair: tuple[bytes, bytes], words: 
     plain, base = pair[0][:3000], pair[1]
     whole = len(plain) // words.width * words.width
     grouped = words.is_float and words.width > 1
-    with kernels(compiled):
+    with grouping(compiled):
         views, ends = delta.subtract(
             memoryview(plain)[:whole], base, words.width, grouped, memoryview(bytearray(len(plain)))
         )
@@ -119,7 +119,7 @@ def test_kernels_group_as_numpy_does(width: int, seed: int, count: int, spread: 
     found, back = [], []
     for compiled in (False, True):
         room, out = memoryview(bytearray(width * count)), bytearray(width * count)
-        with kernels(compiled):
+        with grouping(compiled):
             views, ends = delta.subtract(memoryview(plain), base, width, True, room)
             delta.add(views, base, True, memoryview(out))
         found.append(([bytes(view) for view in views], ends))
@@ -190,7 +190,7 @@ def test_forged_payloads_are_damaged_or_fill_exactly(
 ) -> None:
     width, payload, size = made
     guard = bytearray(b"\xaa" * (size + 128))
-    with kernels(compiled), contextlib.suppress(Damaged):
+    with grouping(compiled), contextlib.suppress(Damaged):
         codec.decode(DELTA, width, rotated, memoryview(payload), memoryview(guard)[64 : 64 + size], memoryview(base))
     assert guard[:64] == guard[64 + size :] == b"\xaa" * 64
 

@@ -1,4 +1,4 @@
-"""What the delta codec promises in size, and that numba is there when it pays and never missed."""
+"""What the delta codec promises in size, and that kernels are there when they pay and never missed."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import llmos_cli
-from llmos_cli.formats import codec, delta
+from llmos_cli.formats import codec, delta, kernels
 from llmos_cli.formats.codec import DELTA, Words
 from llmos_cli.formats.limits import KiB, MiB
 
@@ -30,11 +30,11 @@ def encoded(plain: bytes, base: bytes, words: Words) -> tuple[codec.Encoded, byt
     return one, b"".join(map(bytes, one.parts))
 
 
-@pytest.fixture(params=[False, True], ids=["numpy", "numba"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {width: delta.compile_kernels(width) if request.param else None for width in (2, 4)}
+@pytest.fixture(params=[False, True], ids=["numpy", "compiled"])
+def grouping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {width: delta.find_kernels(width) if request.param else None for width in (2, 4)}
     assert not request.param or all(made.values())
-    monkeypatch.setattr(delta._compiled, "_kernels", made)
+    monkeypatch.setattr(delta._ready, "_kernels", made)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     ids=["bf16", "fp32"],
 )
 def test_a_small_step_of_every_weight_is_a_small_delta(
-    width: int, plain: bytes, base: bytes, grouped: float, ungrouped: float, kernels: None
+    width: int, plain: bytes, base: bytes, grouped: float, ungrouped: float, grouping: None
 ) -> None:
     sizes = [encoded(plain, base, Words(width, is_float))[0].size / len(plain) for is_float in (True, False)]
     assert sizes[0] < grouped < sizes[1] < ungrouped
@@ -67,7 +67,7 @@ def test_integers_that_moved_a_little_are_small() -> None:
     assert codec.encode(memoryview(plain.tobytes()), Words(1)).size > 0.9 * MiB
 
 
-def test_any_place_in_memory_will_do(kernels: None) -> None:
+def test_any_place_in_memory_will_do(grouping: None) -> None:
     """Buffers that start at odd addresses, read-only ones, a room that is longer than the chunk."""
     plain, base = bf16(VALUES + STEP)[: 100 * KiB + 1], bf16(VALUES)[: 90 * KiB + 1]
     whole, shifted = encoded(plain, base, Words(2, True))[1], bytearray(b"x" + base)
@@ -81,7 +81,7 @@ def test_any_place_in_memory_will_do(kernels: None) -> None:
     assert shifted == b"x" + base
 
 
-def test_threads_do_not_disturb_each_other(kernels: None) -> None:
+def test_threads_do_not_disturb_each_other(grouping: None) -> None:
     def trip(number: int) -> bool:
         width = 2 if number % 2 else 4
         base, plain = (RANDOM_BYTES[at : at + 150_000 + number] for at in (0, 7 * number))
@@ -106,22 +106,26 @@ def test_a_delta_without_its_base_and_planes_of_another_size_are_refused() -> No
 
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = delta.compile_kernels(2)
+    right = delta.find_kernels(2)
     assert right is not None
-    idle = delta._Kernels(right.count, lambda *_: None, right.gather)
-    monkeypatch.setattr(delta, "_make_kernels", lambda *_: idle)
-    assert delta.compile_kernels(2) is None
+    idle = kernels.Kernels(right.count, lambda *_: None, right.gather)
+    for make in ("load_kernels", "compile_kernels"):
+        monkeypatch.setattr(delta, make, lambda _: idle)
+    assert delta.find_kernels(2) is None
 
 
 def test_without_numba_numpy_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "numba", None)
+    for module in ("numba", "llvmlite", "llvmlite.binding"):
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(delta, "_COMPILE_FROM", 0)
-    monkeypatch.setattr(delta, "_compiled", delta._Compiled())
+    ready = delta._Ready()
+    monkeypatch.setattr(delta, "_ready", ready)
     plain, base = RANDOM_BYTES[:9999], RANDOM_BYTES[5:9999]
     _, payload = encoded(plain, base, Words(2, True))
     out = bytearray(len(plain))
     codec.decode(DELTA, 2, True, memoryview(payload), memoryview(out), base)
     assert out == plain
+    assert ready._kernels == {2: None}
 
 
 def run(script: str, folder: Path | None = None, **environment: str) -> list[str]:
@@ -138,45 +142,48 @@ def run(script: str, folder: Path | None = None, **environment: str) -> list[str
     return done.stdout.split()
 
 
-def test_numba_is_loaded_for_many_deltas_only() -> None:
+def test_kernels_are_loaded_for_many_deltas_and_numba_only_to_make_them() -> None:
+    assert delta.find_kernels(2), "they are kept from here on"
     script = """
         import sys
         from llmos_cli.formats import codec, delta
         plain, out = memoryview(bytes(range(256)) * 512), memoryview(bytearray(1 << 17))
         def loaded():
-            print("numba" in sys.modules)
+            print(delta._ready._kernels.get(2) is not None, "llvmlite" in sys.modules, "numba" in sys.modules)
         for words in (codec.OPAQUE, codec.Words(1), codec.Words(2, True), codec.Words(8)):
             one = codec.encode(plain, words)
             codec.decode(one.codec, one.width, one.rotated, memoryview(b"".join(one.parts)), out)
         codec.encode_delta(plain, b"base", codec.Words(2, True))
         loaded()
-        delta._COMPILE_FROM = 2 * len(plain)
+        delta._LOAD_FROM = 2 * len(plain)
         codec.encode_delta(plain, b"base", codec.Words(4))
         loaded()
         codec.encode_delta(plain, b"base", codec.Words(2, True))
         loaded()
     """
-    assert run(script) == ["False", "False", "True"]
+    assert run(script) == ["False", "False", "False", "False", "False", "False", "True", "True", "False"]
 
 
 COMPILE = """
     import pathlib
     from llmos_cli.formats import delta
-    print(delta.__file__, delta.compile_kernels(4) is not None)
-    cache = list(pathlib.Path(delta.__file__).parent.glob("__pycache__/*.nbi"))
-    for path in cache:
-        path.write_bytes(b"rot")
-    print(len(cache), not cache or delta.compile_kernels(4) is not None)
+    print(delta.__file__, delta.find_kernels(4) is not None)
+    kept = list(pathlib.Path(delta.__file__).parent.glob("__pycache__/*.kernels"))
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    print(len(kept), delta.find_kernels(4, compiling=False) is not None, delta.find_kernels(4) is not None)
+    print(delta.find_kernels(4, compiling=False) is not None)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writable", [False, True], ids=["nowhere to write", "damaged"])
-def test_a_cache_that_cannot_be_used_costs_only_time(tmp_path: Path, writable: bool) -> None:
+def test_code_that_cannot_be_kept_or_read_back_costs_only_time(tmp_path: Path, writable: bool) -> None:
     copy = tmp_path / "llmos_cli"
     shutil.copytree(Path(llmos_cli.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     if not writable:
         (copy / "formats" / "__pycache__").write_bytes(b"in the way of a folder")
     nowhere = str(tmp_path / "llmos_cli" / "py.typed" / "nowhere")
-    found = run(COMPILE, tmp_path, HOME=nowhere, XDG_CACHE_HOME=nowhere, NUMBA_CACHE_DIR="")
-    assert found == [str(copy / "formats" / "delta.py"), "True", "3" if writable else "0", "True"]
+    found = run(COMPILE, tmp_path, HOME=nowhere, XDG_CACHE_HOME=nowhere)
+    file = str(copy / "formats" / "delta.py")
+    assert found == [file, "True", *(("1", "False", "True", "True") if writable else ("0", "False", "True", "False"))]
