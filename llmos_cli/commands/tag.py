@@ -25,7 +25,8 @@ def tag(
       llmos tag @3f2a9c01 best
     """
     from llmos_cli.formats.names import parse_ref
-    from llmos_cli.store.refs import overwrite_ref, read_ref, update_ref
+    from llmos_cli.store.point import point, point_anew
+    from llmos_cli.store.refs import read_ref
     from llmos_cli.store.resolve import resolve
 
     here = session(ctx)
@@ -37,7 +38,7 @@ def tag(
         except Damaged:
             if not force:
                 raise
-            overwrite_ref(store, target, source.id, message=f"tag: {source.label}, over damage")
+            point_anew(store, target, source.id, message=f"tag: {source.label}, over damage")
             current, moved = None, True
         else:
             moved = current is None or current.id != source.id
@@ -47,6 +48,6 @@ def tag(
                 )
             if moved:
                 expected = current.id if current else None
-                update_ref(store, target, source.id, expected=expected, message=f"tag: {source.label}")
+                point(store, target, source.id, expected=expected, message=f"tag: {source.label}")
     here.out.result({"ref": str(target), "id": str(source.id), "changed": moved})
     here.out.line(f"{target} {'now points' if moved else 'points'} to @{source.id.short}")

@@ -29,6 +29,7 @@ from llmos_cli.store.handle import Store
 from llmos_cli.store.leases import hold
 from llmos_cli.store.objects import read_manifest
 from llmos_cli.store.packs import secure, sync_index
+from llmos_cli.store.point import confirm
 from llmos_cli.store.refs import read_ref, update_ref
 
 _WHOLE_SHARE: Final = 0.5  # a pack is taken whole if at least this much of it is missing here
@@ -114,16 +115,17 @@ def execute_pull(store: Store, remote: Remote, plan: PullPlan, progress: Progres
     _check_space(store, plan)
     with hold(store, f"pull from {remote.label}", [], writes=True):
         installed = _fetch_all(store, remote, plan, progress)
-        objects = set(plan.needed)
-        secure(store, objects | store.index.bases(objects), fresh=installed.keys())
-        conflicts = []
+        objects = plan.needed.keys() | store.index.bases(plan.needed.keys())
+        packs = secure(store, objects, fresh=installed.keys())
+        conflicts, moves = [], []
         for item in plan.refs:
             try:
                 if item.moves:
                     message = f"pulled from {remote.label}"
-                    update_ref(store, item.ref, item.id, expected=item.previous, message=message)
+                    moves.append(update_ref(store, item.ref, item.id, expected=item.previous, message=message))
             except Conflict as exc:
                 conflicts.append(exc)
+        confirm(store, objects, packs, moves)
         if conflicts:
             raise conflicts[0]
     missing = {entry.id for item in plan.fetches for entry in item.entries} & plan.needed.keys()

@@ -4,7 +4,6 @@ An object that is not where the index says is looked for in packs the index does
 pack itself before it is an error: a crash, another process or a gc may have moved it, or the index may be wrong.
 """
 
-import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from llmos_cli.formats.frame import plain_limit
 from llmos_cli.formats.ids import ObjectId, object_id
 from llmos_cli.formats.manifest import Chunk, FileEntry, Manifest, decode_manifest
 from llmos_cli.formats.pack import Entry
+from llmos_cli.store.forks import ForkLock
 from llmos_cli.store.frames import decode_frame, read_frame, room
 from llmos_cli.store.handle import Store
 from llmos_cli.store.index import Location
@@ -55,7 +55,7 @@ def read_file(store: Store, entry: FileEntry) -> bytes:
 
 
 class FileReader:
-    """Random reads of a stored file, decoded on the way; may be used from several threads."""
+    """Random reads of a stored file, decoded on the way; may be used from several threads, and by forked children."""
 
     def __init__(self, store: Store, entry: FileEntry) -> None:
         self.entry = entry
@@ -67,7 +67,7 @@ class FileReader:
             at += chunk.size
         self.size = at
         self._cache: OrderedDict[ObjectId, bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` to `end`."""

@@ -314,8 +314,9 @@ def restore_pack(store: Store, name: ObjectId, path: Path, content: PackContent)
     return True
 
 
-def secure(store: Store, objects: Iterable[ObjectId], *, fresh: Set[ObjectId]) -> None:
+def secure(store: Store, objects: Iterable[ObjectId], *, fresh: Set[ObjectId]) -> Set[ObjectId]:
     """Make sure that objects about to become reachable are all there, and make the packs that hold them young again.
+    Returns those packs.
 
     `fresh` packs were just written. What a gc took meanwhile comes back from the trash; raises Damaged if it cannot.
     """
@@ -324,6 +325,7 @@ def secure(store: Store, objects: Iterable[ObjectId], *, fresh: Set[ObjectId]) -
         packs.add(_holder(store, oid, packs))
     for pack in packs - fresh:
         durable.touch(store.pack_path(pack))
+    return packs
 
 
 def find_holder(store: Store, oid: ObjectId, known: Collection[ObjectId] = ()) -> ObjectId | None:

@@ -107,6 +107,15 @@ def publish_move(store: Store, entry: RefEntry) -> None:
         raise _conflict(entry.ref, entry.previous, read_ref(store, entry.ref))
 
 
+def take_back(store: Store, entry: RefEntry) -> None:
+    """Undo a move that was just made and must not stand, unless somebody has built upon it."""
+    folder = _folder(store, entry.ref)
+    is_newest = _sequences(store, entry.ref)[-1:] == [entry.sequence]
+    if is_newest and _read_move(folder, entry.ref, entry.sequence) == entry:
+        durable.remove(folder / entry_name(entry.sequence))
+        durable.sync_folder(folder)
+
+
 def delete_ref(store: Store, ref: RefName, *, expected: ObjectId) -> RefEntry:
     """Remove a ref with its log (into the trash, where gc keeps it for the grace period)."""
     sequences = _sequences(store, ref)

@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,14 +23,14 @@ from llmos_cli.store.bases import Base, open_base
 from llmos_cli.store.handle import Store
 from llmos_cli.store.ingest import Tensor, put_path, put_stream, put_tensors, status_of
 from llmos_cli.store.leases import hold
-from llmos_cli.store.objects import read_manifest
 from llmos_cli.store.packs import secure
 from llmos_cli.store.pipeline import Pipeline, open_pipeline
+from llmos_cli.store.point import make_reachable
 from llmos_cli.store.reach import objects_of
-from llmos_cli.store.refs import RefEntry, read_ref, update_ref
+from llmos_cli.store.refs import read_ref, update_ref
 from llmos_cli.store.statcache import Seen, recall, remember
 
-__all__ = ["Commit", "Tensor", "Transaction", "begin", "point"]
+__all__ = ["Commit", "Tensor", "Transaction", "begin"]
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,12 @@ class Transaction:
             self._pipeline.put_manifest(oid, data)
         written = self._pipeline.finish()
         objects = set(objects_of(oid, manifest))
-        secure(self.store, objects | self.store.index.bases(objects), fresh=set(written.packs))
-        unchanged = self.ref is not None and self.expected == oid
-        if self.ref is not None:
-            update_ref(self.store, self.ref, oid, expected=self.expected, message=message)
+        fresh, ref, expected = set(written.packs), self.ref, self.expected
+        if ref is None:
+            secure(self.store, objects | self.store.index.bases(objects), fresh=fresh)
+        else:
+            update = partial(update_ref, self.store, ref, oid, expected=expected, message=message)
+            make_reachable(self.store, objects, fresh, update, expected=expected)
         remember(self.store, self._seen)
         return Commit(
             oid,
@@ -129,21 +131,10 @@ class Transaction:
             written.stored,
             written.reused,
             written.as_delta,
-            unchanged,
+            ref is not None and expected == oid,
             written.adopted,
             tuple(self._adoptions),
         )
-
-
-def point(store: Store, ref: RefName, oid: ObjectId, *, expected: ObjectId | None, message: str) -> RefEntry:
-    """Point a ref to a manifest that is in the store already, as safely beside a gc as a commit would.
-
-    Raises Conflict if the ref is not at `expected` (None: without a value), Damaged if the manifest is not whole.
-    """
-    with hold(store, f"pointing {ref}", [oid], writes=True):
-        objects = set(objects_of(oid, read_manifest(store, oid)))
-        secure(store, objects | store.index.bases(objects), fresh=set())
-        return update_ref(store, ref, oid, expected=expected, message=message)
 
 
 @contextmanager

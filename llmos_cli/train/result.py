@@ -11,7 +11,8 @@ from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.store.local import Store
 from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.refs import read_ref, update_ref
+from llmos_cli.store.point import point
+from llmos_cli.store.refs import read_ref
 from llmos_cli.store.transaction import begin
 from llmos_cli.train.plan import STATE_FOLDER, Plan, read_checkpoint
 
@@ -37,7 +38,7 @@ def use_made(store: Store, plan: Plan, made: ObjectId) -> Trained:
     entry = read_ref(store, plan.target)
     if entry is None or entry.id != made:
         message = f"train: made before as @{made.short}"
-        update_ref(store, plan.target, made, expected=entry.id if entry else None, message=message)
+        point(store, plan.target, made, expected=entry.id if entry else None, message=message)
     checkpoint = read_checkpoint(store, plan.checkpoint_ref)
     ours = checkpoint is not None and checkpoint.recipe == plan.recipe
     return Trained(

@@ -41,9 +41,10 @@ from llmos_cli.store.gc import execute_gc, plan_gc
 from llmos_cli.store.local import Store, init_store, open_store
 from llmos_cli.store.objects import read_file, read_manifest
 from llmos_cli.store.packs import list_packs
+from llmos_cli.store.point import point
 from llmos_cli.store.refs import delete_ref, read_ref, ref_history
 from llmos_cli.store.resolve import resolve
-from llmos_cli.store.transaction import Tensor, Transaction, begin, point
+from llmos_cli.store.transaction import Tensor, Transaction, begin
 
 pytestmark = pytest.mark.slow
 

@@ -19,9 +19,10 @@ from llmos_cli.store.leases import live_leases
 from llmos_cli.store.local import Store
 from llmos_cli.store.objects import read_file, read_manifest
 from llmos_cli.store.packs import list_packs
+from llmos_cli.store.point import point
 from llmos_cli.store.refs import delete_ref, read_ref
 from llmos_cli.store.tensors import tensor_table
-from llmos_cli.store.transaction import Tensor, begin, point
+from llmos_cli.store.transaction import Tensor, begin
 
 REF = RefName("x")
 
