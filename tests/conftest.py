@@ -2,6 +2,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+import store_servers
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +12,28 @@ def signal_handlers() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[store_servers.S3Server]:
+    """Ceph's S3 gateway; up in about five seconds."""
+    absent = store_servers.missing(store_servers.CEPH_COMMANDS)
+    if absent:
+        pytest.skip(f"Ceph is not installed: no {', '.join(absent)}")
+    with store_servers.ceph(tmp_path_factory.mktemp("ceph")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[store_servers.S3Server]:
+    with store_servers.moto(tmp_path_factory.mktemp("moto")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    command = store_servers.azurite_command()
+    if command is None:
+        pytest.skip("azurite is not installed: no azurite-blob (npm install -g azurite)")
+    with store_servers.azurite(tmp_path_factory.mktemp("azurite"), command) as endpoint:
+        yield endpoint

@@ -5,7 +5,7 @@ A URL never names a program to run: schemes are an allow-list, and nothing here 
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,13 +15,17 @@ from llmos_cli.config import Config
 from llmos_cli.errors import Damaged, NotFound, Unsafe, UsageError, from_os_error
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, check_format
 from llmos_cli.formats.names import RefName
+from llmos_cli.remote.address import SCHEMES, parse_address
 from llmos_cli.remote.folder import FolderTransport
+from llmos_cli.remote.members import find_pool, open_pool, split_pool_url
+from llmos_cli.remote.pool import POOL_SCHEME, PoolTransport, pool_url
 from llmos_cli.remote.transport import Transport
 from llmos_cli.store.handle import Store
 from llmos_cli.store.local import STORE_FOLDER, save_config
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_KNOWN: Final = "this version knows folders: a path, or file:///PATH; s3, gs, az and hdfs come later"
+_KNOWN: Final = "a remote is a folder (a path, or file:///PATH), or s3://, gs://, az://, https:// or hdfs://"
+_NOT_OURS: Final = "locks/"  # what a remote may hold before it is one
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,19 @@ class Remote:
 
 def normal_url(text: str, cwd: Path) -> str:
     """What to keep of a URL that a user typed: folders by their absolute path; raises UsageError."""
+    if text.startswith(POOL_SCHEME):
+        return pool_url(normal_url(part, cwd) for part in split_pool_url(text))
+    if _scheme(text) in SCHEMES:
+        return str(parse_address(text))
     return str(_folder(text, cwd))
 
 
 def open_transport(url: str) -> Transport:
     """The transport for a URL from `normal_url`. DIR/.llmos is meant where DIR holds a store."""
+    if _scheme(url) in SCHEMES:
+        from llmos_cli.remote.objectstore import ObjectStoreTransport
+
+        return ObjectStoreTransport(parse_address(url))
     root = _folder(url, Path("/"))
     inside = root / STORE_FOLDER
     try:
@@ -55,13 +67,21 @@ def open_transport(url: str) -> Transport:
     return FolderTransport(root)
 
 
+def open_remote(url: str, warn: Callable[[str], None]) -> Transport:
+    """The remote at a URL from `normal_url`: a pool where it names one, or where a node of one is there."""
+    if url.startswith(POOL_SCHEME):
+        return open_pool(split_pool_url(url), open_transport, warn)
+    transport = open_transport(url)
+    return find_pool(transport, open_transport, warn) or transport
+
+
 def find_remote(store: Store, text: str, cwd: Path) -> Remote:
     """The remote of this name or at this URL; raises NotFound with the nearest name, UsageError for this very store."""
     remotes = store.config.remotes
     if text in remotes:
-        remote = Remote(text, open_transport(normal_url(remotes[text], store.root)))
+        remote = Remote(text, open_remote(normal_url(remotes[text], store.root), store.progress.warn))
     elif _is_url(text):
-        remote = Remote(None, open_transport(normal_url(text, cwd)))
+        remote = Remote(None, open_remote(normal_url(text, cwd), store.progress.warn))
     else:
         near = difflib.get_close_matches(text, list(remotes), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"name it first: llmos remote add {text} URL"
@@ -77,9 +97,22 @@ def add_remote(store: Store, name: str, url: str, cwd: Path) -> str:
     check_remote_name(name)
     kept = normal_url(url, cwd)
     known = store.config.remotes.get(name)
-    if known not in (None, kept):
+    if known not in (None, kept, f"{kept}&creates=locks", f"{kept}?creates=locks"):
         raise UsageError(f"remote {name!r} is {known} already", hint=f"llmos remote rm {name}")
-    is_ready(open_transport(kept))
+    transport = open_remote(kept, store.progress.warn)
+    is_ready(transport)
+    return keep_remote(store, name, transport.url if isinstance(transport, PoolTransport) else kept)
+
+
+def keep_remote(store: Store, name: str, kept: str) -> str:
+    """Write down what a name stands for, in the place of what it stood for."""
+    _save(store, {**store.config.remotes, name: kept})
+    return kept
+
+
+def add_locks(store: Store, name: str) -> str:
+    """Note in an object store's URL that refs move by way of lock objects there; returns the URL as kept."""
+    kept = str(parse_address(store.config.remotes[name]).with_locks())
     _save(store, {**store.config.remotes, name: kept})
     return kept
 
@@ -100,7 +133,7 @@ def is_ready(transport: Transport) -> bool:
     try:
         data = transport.read(FORMAT_FILE, 0, 4 * len(FORMAT_TEXT) + 64)
     except NotFound:
-        other = next((key for key, _ in transport.list("")), None)
+        other = next((key for key, _ in transport.list("") if not key.startswith(_NOT_OURS)), None)
         if other is None:
             return False
         raise Unsafe(
@@ -143,6 +176,11 @@ def _save(store: Store, remotes: Mapping[str, str]) -> None:
 
 def _is_url(text: str) -> bool:
     return text in (".", "..") or "/" in text or ":" in text
+
+
+def _scheme(text: str) -> str:
+    match = _SCHEME.match(text)
+    return match[1].lower() if match else ""
 
 
 def _folder(text: str, cwd: Path) -> Path:

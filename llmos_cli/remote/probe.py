@@ -1,0 +1,42 @@
+"""What a remote can be relied on for, found out by trying: does it refuse to create what is there already?
+
+Refs rest on that. A gateway that ignores the condition would let two writers win; such a remote is marked as one that
+everybody writes to by way of lock objects.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from llmos_cli.errors import AccessDenied
+from llmos_cli.remote.open import is_ready
+from llmos_cli.remote.transport import Transport
+
+CONDITIONAL: Final = "conditional put"
+LOCKS: Final = "lock objects"
+READ_ONLY: Final = "read only"
+LINKS: Final = "exclusive names"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`creates`: how a ref is moved there, one of the words above."""
+
+    creates: str
+
+
+def probe(transport: Transport) -> Probe:
+    """Try it; leaves nothing behind but, where it is needed, the mark."""
+    from llmos_cli.remote.objectstore import ObjectStoreTransport
+
+    if not isinstance(transport, ObjectStoreTransport):
+        return Probe(LINKS)
+    try:
+        if transport.uses_locks():
+            return Probe(LOCKS)
+        if transport.creates_exclusively():
+            return Probe(CONDITIONAL)
+        if is_ready(transport):
+            transport.require_locks()
+        return Probe(LOCKS)
+    except AccessDenied:
+        return Probe(READ_ONLY)
