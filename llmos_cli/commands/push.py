@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmos_cli.errors import UsageError
+from llmos_cli.errors import PartlyDone, UsageError
 from llmos_cli.ui.session import session
 from llmos_cli.ui.text import duration, plural, size
 
@@ -24,6 +24,9 @@ def push(
     *,
     everything: Annotated[bool, typer.Option("--all", help="Push every ref.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a value there that this store never had.")] = False,
+    degraded: Annotated[
+        bool, typer.Option("--allow-degraded", help="Let a pool take fewer copies than it should.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
 ) -> None:
     """Send refs and what they need to a remote.
@@ -38,6 +41,7 @@ def push(
     """
     from llmos_cli.formats.names import parse_ref
     from llmos_cli.remote.open import find_remote
+    from llmos_cli.remote.pool import shortfall, tolerate
     from llmos_cli.remote.push import execute_push, plan_push
 
     here = session(ctx)
@@ -47,6 +51,8 @@ def push(
     start = time.monotonic()
     with here.open_store() as store:
         target = find_remote(store, remote, here.cwd)
+        if degraded:
+            tolerate(target.transport)
         plan = plan_push(store, target, None if everything else wanted, force=force)
         done = None if dry_run else execute_push(store, target, plan, here.out.progress)
     seconds = time.monotonic() - start
@@ -65,6 +71,7 @@ def push(
         "present": plan.present,
         "present_bytes": plan.present_bytes,
         "dry_run": dry_run,
+        "degraded_packs": shortfall(target.transport),
         "seconds": round(seconds, 3),
     }
     here.out.result(found)
@@ -84,6 +91,11 @@ def push(
         verb = "to send" if dry_run else "sent"
         took = "" if dry_run else f", {duration(seconds)}"
         here.out.say(f"{size(sent)} {verb} in {plural(packs, 'pack')}{there}{took}")
+    if found["degraded_packs"]:
+        raise PartlyDone(
+            f"{plural(found['degraded_packs'], 'pack')} at {target.label} with fewer copies than there should be",
+            hint=f"when its nodes are back, or others are in: llmos remote repair {target.label}",
+        )
 
 
 def _describe(item: "PushedRef") -> dict[str, Any]:

@@ -14,6 +14,7 @@ PACKS: Final = "packs"
 REFS: Final = "refs"
 PACK_SUFFIX: Final = ".pack"
 ADOPTED: Final = "adopted"
+SNAPSHOTS: Final = "snapshots"
 _FORMAT = re.compile(rb"llmos ([!-~]{1,64})\n\Z")
 
 

@@ -34,3 +34,5 @@ PICKLE_BYTES = 16 * MiB  # of a torch file, its tensors not counted
 PICKLE_OPCODES = 2_000_000  # about 30 a tensor
 PICKLE_DEPTH = 32  # dictionaries in dictionaries on the way to a tensor
 NPY_HEADER_BYTES = 10_000  # numpy's own cap
+POOL_NODES = 256  # of a pool
+SNAPSHOT_BYTES = 64 * MiB  # a backup's list of refs, their logs and manifests

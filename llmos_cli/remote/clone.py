@@ -12,7 +12,8 @@ from llmos_cli.config import Config
 from llmos_cli.errors import LlmosError, Unsafe, from_os_error
 from llmos_cli.formats.layout import FORMAT_FILE
 from llmos_cli.progress import Progress
-from llmos_cli.remote.open import find_remote, normal_url, open_transport, require_ready
+from llmos_cli.remote.open import find_remote, normal_url, open_remote, require_ready
+from llmos_cli.remote.pool import PoolTransport
 from llmos_cli.remote.pull import PullResult, execute_pull, plan_pull
 from llmos_cli.remote.refs import list_remote_refs
 from llmos_cli.store.local import STORE_FOLDER, init_store, open_store
@@ -43,7 +44,9 @@ def plan_clone(url: str, folder: Path, cwd: Path, progress: Progress) -> ClonePl
     if other:
         raise Unsafe(f"{folder} is not empty: it holds {other.name!r}", hint="clone into a new folder")
     kept = normal_url(url, cwd)
-    transport = open_transport(kept)
+    transport = open_remote(kept, progress.warn)
+    if isinstance(transport, PoolTransport):
+        kept = transport.url  # all of it, whichever node was named
     require_ready(transport)
     return ClonePlan(kept, root, len(list_remote_refs(transport, progress)))
 
