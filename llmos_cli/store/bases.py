@@ -84,14 +84,18 @@ def open_base(store: Store, oid: ObjectId) -> Base | None:
     return Base(oid, tensors) if tensors else None
 
 
-def find_base(store: Store, files: Iterable[NewFile], *, first: ObjectId | None = None) -> Base | None:
-    """The stored model that the files resemble most, `first` among equals; None if none is near enough."""
+def find_base(
+    store: Store, files: Iterable[NewFile], *, first: ObjectId | None = None, but: ObjectId | None = None
+) -> Base | None:
+    """The stored model that the files resemble most, `first` among equals, never `but`; None if none is near enough."""
     files = [file for file in files if file.tensors]
     samples = _samples(files)
     if not samples:
         return None
     best, best_size = None, _WORTH * sum(codec.encode(sample.plain, sample.words).size for sample in samples)
     for oid in _candidates(store, {sample.mark for sample in samples}, first):
+        if oid == but:
+            continue
         try:
             base = open_base(store, oid)
             size = _delta_size(store, base, samples) if base else None

@@ -35,7 +35,7 @@ from llmos_cli.store.packs import (
     sync_index,
 )
 from llmos_cli.store.reach import Root, find_roots, reachable
-from llmos_cli.store.weights import staying, weigh
+from llmos_cli.store.weights import Weight, staying, weigh
 
 _BUSY_SECONDS = 60.0  # a temporary file written to since then is somebody's, lease or not
 _REWRITE_DEAD_SHARE = 0.5  # a pack is rewritten once this much of it is dead
@@ -77,6 +77,11 @@ class GcPlan:
     @property
     def trashed_bytes(self) -> int:
         return sum(pack.freed for pack in (*self.trash, *self.rewrite))
+
+    @property
+    def unreachable_bytes(self) -> int:
+        """What nothing needs, in packs and in the trash, whether or not it may go now."""
+        return self.trashed_bytes + self.kept_bytes + self.waiting_bytes + sum(pack.size for pack in self.unlink)
 
     @property
     def freed_bytes(self) -> int:
@@ -124,6 +129,11 @@ def roots_now(store: Store, now: float) -> list[Root]:
 def living(store: Store, now: float) -> set[bytes]:
     """Every object that is needed now. Raises Damaged if any root cannot be read."""
     return reachable(store, roots_now(store, now))
+
+
+def is_worth_a_rewrite(weight: Weight) -> bool:
+    """Whether so much of a pack is dead that an ordinary gc copies the rest."""
+    return weight.dead >= _REWRITE_DEAD_SHARE * (weight.dead + weight.live)
 
 
 def plan_gc(store: Store, *, grace_seconds: float | None = None, now: float | None = None) -> GcPlan:
@@ -189,9 +199,7 @@ def _judge(store: Store, when: Moment, live: set[bytes], present: dict[ObjectId,
                 dead = status.st_size
             if not (dead or emptied):
                 continue
-            if not when.is_settled(status.st_mtime) or (
-                weight.staying and dead < _REWRITE_DEAD_SHARE * (dead + weight.live)
-            ):
+            if not when.is_settled(status.st_mtime) or (weight.staying and not is_worth_a_rewrite(weight)):
                 kept_bytes += dead
                 bases |= weight.bases
                 continue

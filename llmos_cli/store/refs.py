@@ -140,6 +140,14 @@ def delete_ref(store: Store, ref: RefName, *, expected: ObjectId) -> RefEntry:
     return current
 
 
+def read_removed(folder: Path, ref: RefName) -> RefEntry | None:
+    """The last value that reads back of a ref that was moved, log and all, to `folder`."""
+    for sequence in reversed(_numbers(folder)):
+        with contextlib.suppress(Damaged):
+            return _read_move(folder, ref, sequence)
+    return None
+
+
 def _read_from(store: Store, ref: RefName, sequences: list[int]) -> RefEntry | None:
     problem: Damaged | None = None
     for sequence in reversed(sequences):
