@@ -68,7 +68,9 @@ GROUPS: Final = {
 }
 VERBS: Final = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 
-StoreOption = Annotated[Path | None, typer.Option("--store", metavar="DIR", help="The store to work on.")]
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", metavar="DIR", help="The store to work on.", readable=False)
+]  # what may be read is found out where it is read, with the exit code for it
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No messages, no progress.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More about what happens.")]
@@ -207,6 +209,7 @@ def _root(
         env_store=os.environ.get("LLMOS_STORE") or None,
         cwd=cwd,
         home=Path(os.path.expanduser("~")),
+        safe_stores=os.environ.get("LLMOS_SAFE_STORES", ""),
         out=Output(json=json, quiet=quiet, verbose=verbose, animate=bars),
     )
     if ctx.invoked_subcommand is None:

@@ -11,7 +11,8 @@ from llmos_cli.ui.session import session
 def init(
     ctx: typer.Context,
     folder: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Where; the store is DIR/.llmos.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="DIR", help="Where; the store is DIR/.llmos.", show_default=False, readable=False),
     ] = None,
 ) -> None:
     """Make a store for data, models and results.
@@ -28,7 +29,7 @@ def init(
 
     here = session(ctx)
     root = here.cwd / folder / STORE_FOLDER if folder else here.cwd / (here.store_path or STORE_FOLDER)
-    created = init_store(root)
+    created = init_store(root, safe=here.safe_stores)
     here.out.result({"store": str(root), "created": created})
     here.out.line(f"made a store at {root}" if created else f"{root} is a store already")
     here.out.hint("llmos add PATH NAME keeps files in it, llmos shard TEXT NAME makes training data")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from llmos_cli.errors import Damaged, LlmosError, NoSpace, NotFound, RemoteUnavailable, from_os_error
+from llmos_cli.errors import AccessDenied, Damaged, LlmosError, NoSpace, NotFound, RemoteUnavailable, from_os_error
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import IdHasher, ObjectId
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT
@@ -56,6 +56,7 @@ class FolderTransport:
                 raise RemoteUnavailable(
                     f"the folder {self.root.parent} is not there", hint="mount what belongs there, or make the folder"
                 )
+            durable.make_folder(self.root, mode=0o777)  # as open as the umask lets it: others may be meant to use it
             for folder in FOLDERS:
                 durable.make_folder(self.root / folder)
             self._sweep()
@@ -156,7 +157,7 @@ class FolderTransport:
     def _sweep(self) -> None:
         """Remove what pushes that were killed left behind."""
         for path in [*self.root.glob(f"{durable.TEMP_PREFIX}*"), *self.root.glob(f"packs/*/{durable.TEMP_PREFIX}*")]:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, AccessDenied):  # somebody else's, where each may remove their own
                 if time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS:
                     durable.remove(path)
 

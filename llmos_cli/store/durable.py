@@ -151,16 +151,22 @@ def set_mode(path: Path, mode: int) -> None:
         os.chmod(path, mode)
 
 
-def write_file(path: Path, data: Buffer) -> None:
+def write_file(path: Path, data: Buffer, *, mode: int | None = None) -> None:
     """Replace `path` by `data` as a whole."""
     temp = temp_path(path.parent)
     with new_file(temp) as file:
         write_all(file, data)
     try:
-        publish(temp, path)
+        publish(temp, path, mode=mode)
     except BaseException:
         remove(temp)
         raise
+
+
+def ensure_file(path: Path) -> None:
+    """Make an empty file unless there is one: for whoever would make it open to everybody."""
+    with _reporting(f"creating {path}"), contextlib.suppress(FileExistsError):
+        os.close(_open_new(str(path), 0))
 
 
 def write_volatile(path: Path, data: Buffer) -> None:
@@ -168,7 +174,8 @@ def write_volatile(path: Path, data: Buffer) -> None:
     temp = temp_path(path.parent)
     with _reporting(f"writing {path}"):
         try:
-            temp.write_bytes(data)
+            with open(temp, "xb", opener=_open_new) as file:
+                file.write(data)
             os.replace(temp, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -176,12 +183,16 @@ def write_volatile(path: Path, data: Buffer) -> None:
             raise
 
 
-def make_folder(path: Path) -> None:
-    """Create a folder and its parents; each new name is durable."""
+def make_folder(path: Path, *, mode: int | None = None) -> None:
+    """Create a folder and its parents; each new name is durable.
+
+    New folders are as open as the one they stand in, so that a private store stays private all through and a shared
+    remote shared; with `mode`, they have that, less what the umask takes.
+    """
     with _reporting(f"creating {path}"):
         for attempt in range(_TRIES):
             try:
-                _make_missing(path)
+                _make_missing(path, mode)
                 return
             except FileNotFoundError:  # somebody removed an empty parent meanwhile
                 if attempt == _TRIES - 1:
@@ -258,7 +269,7 @@ class Destination:
     """
 
     def __init__(self, root: Path) -> None:
-        make_folder(root)
+        make_folder(root, mode=0o777)
         self.root = root
         self._folders: OrderedDict[str, int] = OrderedDict()
         with _reporting(f"opening {root}"):
@@ -338,12 +349,18 @@ class Destination:
         return fd
 
 
-def _make_missing(path: Path) -> None:
+def _make_missing(path: Path, mode: int | None) -> None:
     if path.is_dir():
         return
-    _make_missing(path.parent)
+    _make_missing(path.parent, mode)
     try:
-        os.mkdir(path)
+        if mode is None:
+            inherited = stat.S_IMODE(os.stat(path.parent).st_mode)
+            os.mkdir(path, inherited)
+            if stat.S_IMODE(os.stat(path).st_mode) != inherited:
+                os.chmod(path, inherited)
+        else:
+            os.mkdir(path, mode)
     except FileExistsError:
         if not path.is_dir() and os.path.lexists(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
@@ -351,7 +368,9 @@ def _make_missing(path: Path) -> None:
 
 
 def _open_new(path: str, flags: int) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    """Readable for those who may look into its folder, as far as the umask lets them."""
+    mode = 0o666 & os.stat(os.path.dirname(path) or ".").st_mode
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
 
 
 def _refusal(exc: OSError) -> str:

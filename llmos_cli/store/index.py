@@ -9,7 +9,6 @@ import contextlib
 import functools
 import os
 import sqlite3
-import threading
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -24,6 +23,7 @@ from llmos_cli.formats.frame import HEADER_BYTES, MANIFEST
 from llmos_cli.formats.ids import ID_BYTES, ObjectId
 from llmos_cli.formats.pack import ALIGNMENT, ENTRY_SIZE, Entry
 from llmos_cli.store import durable
+from llmos_cli.store.forks import ForkLock
 
 SCHEMA_VERSION: Final = 2
 _SCHEMA = """
@@ -87,8 +87,8 @@ def _healing(method: "Callable[Concatenate[Index, P], T]") -> "Callable[Concaten
 
     @functools.wraps(method)
     def call(self: "Index", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        self._reopen_after_fork()
         with self._lock:
+            self._reopen_after_fork()
             for _ in range(2):
                 try:
                     return method(self, *args, **kwargs)
@@ -131,14 +131,15 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lock = threading.RLock()
+        self._lock = ForkLock()
         self._pid = os.getpid()
         self._in_memory = False
         self.refill: Callable[[], object] = lambda: None
-        try:
-            self._connection = self._connect()
-        except _Unusable as exc:
-            self._start_anew(in_memory=exc.keep)
+        with self._lock:
+            try:
+                self._connection = self._connect()
+            except _Unusable as exc:
+                self._start_anew(in_memory=exc.keep)
 
     def close(self) -> None:
         with self._lock:
@@ -355,6 +356,9 @@ class Index:
         self._complete = True
 
     def _connect(self) -> sqlite3.Connection:
+        if not self._in_memory:
+            with contextlib.suppress(LlmosError):  # SQLite says it better
+                durable.ensure_file(self._path)
         try:
             connection = sqlite3.connect(
                 _MEMORY if self._in_memory else self._path, timeout=60, isolation_level=None, check_same_thread=False
@@ -408,7 +412,6 @@ class Index:
         """SQLite's connections must not cross a fork; the parent's is left alone, not even closed."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._lock = threading.RLock()
             self._parents_connection = self._connection
             if not self._in_memory:
                 self._connection = self._connect()

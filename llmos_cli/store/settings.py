@@ -17,7 +17,13 @@ from llmos_cli.store import durable
 from llmos_cli.store.moves import one_bit_off
 
 CONFIG_FILE: Final = "config.toml"
+_PRIVATE: Final = 0o600
 _SEAL = re.compile(rb"# as written by llmos: ([0-9a-f]{16})\n\Z")
+
+
+def write_config(root: Path, config: Config) -> None:
+    """Write `config.toml`, for nobody else to read: it names remotes."""
+    durable.write_file(root / CONFIG_FILE, sealed_config(config), mode=_PRIVATE)
 
 
 def sealed_config(config: Config) -> bytes:
@@ -46,7 +52,7 @@ def mend_settings(root: Path) -> list[str]:
             continue
         better = good(data)
         if better is not None:
-            durable.write_file(root / name, better)
+            durable.write_file(root / name, better, mode=_PRIVATE if name == CONFIG_FILE else None)
             mended.append(name)
     return mended
 

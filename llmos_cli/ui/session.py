@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Session:
-    """`store_path` is --store, `env_store` is $LLMOS_STORE; `env_*` and `home` come from the environment."""
+    """`store_path` is --store, `env_store` is $LLMOS_STORE and `safe_stores` $LLMOS_SAFE_STORES, the folders of other
+    users' stores that may be opened; they and `home` come from the environment."""
 
     store_path: Path | None
     env_store: str | None
     cwd: Path
     home: Path
     out: Output
+    safe_stores: str = ""
 
     @property
     def json(self) -> bool:
@@ -38,16 +40,18 @@ class Session:
         return self.out.verbose
 
     def find_store(self) -> Path:
-        """The folder of the store this command works on; raises NotFound."""
-        from llmos_cli.store.local import find_store
+        """The folder of the store this command works on; raises NotFound, Unsafe if it is somebody else's."""
+        from llmos_cli.store.local import find_store, refuse_foreign
 
-        return find_store(self.store_path, self.env_store, self.cwd, self.home)
+        root = find_store(self.store_path, self.env_store, self.cwd, self.home)
+        refuse_foreign(root, self.safe_stores)
+        return root
 
     def open_store(self) -> "Store":
         """Find the store and open it."""
         from llmos_cli.store.local import open_store
 
-        return open_store(self.find_store(), self.out.progress)
+        return open_store(self.find_store(), self.out.progress, safe=self.safe_stores)
 
 
 def session(ctx: typer.Context) -> Session:

@@ -1,6 +1,7 @@
 import os
 import random
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from llmos_cli.store.refs import list_refs
 FILES = {"a.txt": b"first file", "folder/b.bin": bytes(range(256)) * 4000}
 
 
-def reopened(root: Path) -> Store:
-    return open_store(root, Silent())
+def reopened(root: Path, safe: str = "") -> Store:
+    return open_store(root, Silent(), safe=safe)
 
 
 def said(store: Store) -> list[str]:
@@ -223,10 +224,10 @@ def test_a_store_of_somebody_else_can_be_read(
         pytest.skip("needs root to become somebody else")
     lab.add("x", {"f": b"shared"})
     store.close()
-    store.root.parent.chmod(0o755)
+    subprocess.run(["chmod", "-R", "a+rX", store.root.parent], check=True)
 
     def work() -> list[str]:
-        with reopened(store.root) as mine:
+        with reopened(store.root, safe=str(store.root)) as mine:
             try:
                 lab.add("y", {"f": b"new"}, store=mine)
             except LlmosError as exc:

@@ -29,10 +29,10 @@ def test_without_format_there_is_no_store_and_making_it_can_be_finished(
     root = tmp_path / ".llmos"
     real = durable.write_file
 
-    def stop_before_format(path: Path, data: bytes) -> None:
+    def stop_before_format(path: Path, data: bytes, *, mode: int | None = None) -> None:
         if path.name == "FORMAT":
             raise KeyboardInterrupt
-        real(path, data)
+        real(path, data, mode=mode)
 
     monkeypatch.setattr(durable, "write_file", stop_before_format)
     with pytest.raises(KeyboardInterrupt):
@@ -132,7 +132,8 @@ def test_folders_that_may_not_be_looked_into(tmp_path: Path, as_nobody: Any) -> 
     locked, home = tmp_path / "locked", tmp_path / "home"
     init_store(locked / ".llmos")
     init_store(home / ".llmos")
-    tmp_path.chmod(0o755)
+    for path in (tmp_path, home / ".llmos"):
+        path.chmod(0o755)
     locked.chmod(0o700)
 
     def attempt() -> list[str]:
