@@ -1,7 +1,7 @@
 """What a remote holds: its packs and, from their footers, its objects.
 
 A pack that the local store has too, whole, is not asked for: content names make the local index its cache.
-The other footers are read anew each time, in parallel; keeping them is for a remote that is slow to ask.
+The ends of the others are read in parallel; of a remote that is slow to ask they are remembered (remembered.py).
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,13 +15,15 @@ from llmos_cli.formats.codec import ADOPTED
 from llmos_cli.formats.frame import MANIFEST
 from llmos_cli.formats.ids import ObjectId, parse_id
 from llmos_cli.formats.layout import PACK_SUFFIX, PACKS, pack_key
-from llmos_cli.formats.pack import HEADER_SIZE, TRAILER_SIZE, Entry, read_index
+from llmos_cli.formats.pack import ENTRY_SIZE, HEADER_SIZE, TRAILER_SIZE, Entry, read_index
 from llmos_cli.progress import Progress
 from llmos_cli.remote.parallel import in_order
+from llmos_cli.remote.remembered import Memory, recall
 from llmos_cli.remote.transport import Transport
 from llmos_cli.store.handle import Store
 
 _STREAMS: Final = 8
+_END_BYTES: Final = 8192  # read at once: index and trailer of most packs
 
 
 @dataclass(frozen=True)
@@ -87,19 +89,22 @@ class Catalog:
 
 def read_catalog(store: Store, transport: Transport, progress: Progress) -> Catalog:
     """List a remote's packs and read what they hold; packs that cannot be read are left out with a warning."""
-    known = store.index.packs()
+    known, memory = store.index.packs(), recall(store, transport)
+    listed = list_remote_packs(transport)
     packs: dict[ObjectId, RemotePack] = {}
     unknown: list[tuple[ObjectId, int]] = []
-    for name, size in list_remote_packs(transport).items():
+    for name, size in listed.items():
         entries = tuple(store.index.entries(name)) if known.get(name) == size else ()
-        if entries and _is_whole(size, entries):
+        if not entries or not _is_whole(size, entries):
+            entries = memory.entries(name, size) or ()
+        if entries:
             packs[name] = RemotePack(name, size, entries)
         else:
             unknown.append((name, size))
 
     def read(item: tuple[ObjectId, int]) -> RemotePack | tuple[ObjectId, str] | None:
         try:
-            return read_remote_pack(transport, *item)
+            return read_remote_pack(transport, *item, memory)
         except NotFound:
             return None  # a gc there took it
         except Damaged as exc:
@@ -114,16 +119,48 @@ def read_catalog(store: Store, transport: Transport, progress: Progress) -> Cata
                 unreadable[item[0]] = item[1]
     for reason in unreadable.values():
         progress.warn(reason)
+    memory.save(listed)
     return Catalog(packs, unreadable)
 
 
-def read_remote_pack(transport: Transport, name: ObjectId, size: int) -> RemotePack:
-    """One pack's index, by range reads; raises Damaged naming pack and remote, NotFound if it is gone."""
-    key = pack_key(name)
+def read_remote_pack(transport: Transport, name: ObjectId, size: int, memory: Memory | None = None) -> RemotePack:
+    """One pack's index, by range reads; raises Damaged naming pack and remote, NotFound if it is gone.
+
+    What does not read is asked for a second time: it may have been spoiled on the way.
+    """
     try:
-        return RemotePack(name, size, read_index(lambda start, end: transport.read(key, start, end), size))
-    except Damaged as exc:
-        raise type(exc)(f"{exc.message} ({key} at {transport.url})", hint=exc.hint) from exc
+        end = _End(transport, name, size)
+        entries = read_index(end.read, size)
+    except Damaged:
+        try:
+            end = _End(transport, name, size)
+            entries = read_index(end.read, size)
+        except Damaged as exc:
+            raise type(exc)(f"{exc.message} ({pack_key(name)} at {transport.url})", hint=exc.hint) from exc
+    if memory:
+        memory.note(name, size, end.index_and_trailer(len(entries)))
+    return RemotePack(name, size, entries)
+
+
+class _End:
+    """A pack as `read_index` reads it: its end in one request, what lies before in more."""
+
+    def __init__(self, transport: Transport, name: ObjectId, size: int) -> None:
+        self._transport = transport
+        self._key = pack_key(name)
+        self._first = max(0, size - _END_BYTES)
+        self._data = transport.read(self._key, self._first, size)
+        self._longer = b""
+
+    def read(self, start: int, stop: int) -> bytes:
+        if start >= self._first:
+            return self._data[start - self._first : stop - self._first]
+        self._longer = self._transport.read(self._key, start, stop)
+        return self._longer
+
+    def index_and_trailer(self, entries: int) -> bytes:
+        length = entries * ENTRY_SIZE + TRAILER_SIZE
+        return self._data[-length:] if length <= len(self._data) else self._longer + self._data[-TRAILER_SIZE:]
 
 
 def list_remote_packs(transport: Transport) -> dict[ObjectId, int]:

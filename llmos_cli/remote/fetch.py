@@ -210,19 +210,35 @@ def _weigh(span: _Span) -> int:
 
 
 def _prove_span(transport: Transport, base_of: BaseReader, span: _Span) -> tuple[_Span, list[Proven]]:
-    pack, start = span.fetch.pack, span.entries[0].offset
+    """Read and prove neighbouring frames; what is wrong is read a second time: it may have been spoiled on the way."""
+    data = _read_span(transport, span)
     try:
-        data = memoryview(transport.read(pack.key, start, span.entries[-1].end))
+        return span, _prove_frames(transport, base_of, span, data)
+    except BadPack:
+        again = _read_span(transport, span)
+        if again == data:
+            raise
+        return span, _prove_frames(transport, base_of, span, again)
+
+
+def _read_span(transport: Transport, span: _Span) -> bytes:
+    pack = span.fetch.pack
+    try:
+        return transport.read(pack.key, span.entries[0].offset, span.entries[-1].end)
     except NotFound as exc:
         raise BadPack(pack.name, None, exc) from exc
+
+
+def _prove_frames(transport: Transport, base_of: BaseReader, span: _Span, data: bytes) -> list[Proven]:
+    pack, start, view = span.fetch.pack, span.entries[0].offset, memoryview(data)
     proven = []
     for entry in span.entries:
         try:
-            proven.append(_prove(entry, data[entry.offset - start : entry.end - start], base_of))
+            proven.append(_prove(entry, view[entry.offset - start : entry.end - start], base_of))
         except (Damaged, Unsafe) as exc:
             message = f"{exc.message} ({pack.key} at {transport.url})"
             raise BadPack(pack.name, entry.id, type(exc)(message, hint=exc.hint or _REMEDY)) from exc
-    return span, proven
+    return proven
 
 
 def _prove(entry: Entry, data: memoryview, base_of: BaseReader) -> Proven:

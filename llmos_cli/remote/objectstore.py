@@ -27,7 +27,7 @@ from llmos_cli.progress import Task
 from llmos_cli.remote import locks
 from llmos_cli.remote.address import ObjectAddress
 from llmos_cli.remote.storeerrors import is_plain_http, is_range_past_end, is_unsure, translate
-from llmos_cli.remote.transport import check_key, check_prefix
+from llmos_cli.remote.transport import SlowToAsk, check_key, check_prefix
 
 _PART_BYTES: Final = 8 * limits.MiB
 _PARTS: Final = 4  # parts of one value that are under way together
@@ -45,7 +45,7 @@ class Patience:
     part: float = 120.0
 
 
-class ObjectStoreTransport:
+class ObjectStoreTransport(SlowToAsk):
     """Bytes under keys, in a bucket below a prefix."""
 
     def __init__(self, address: ObjectAddress, patience: Patience | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Final
 from llmos_cli.errors import Conflict, Damaged
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import ObjectId
+from llmos_cli.formats.layout import pack_key
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Progress
 from llmos_cli.remote.ancestry import rests_on
@@ -96,7 +97,7 @@ def plan_push(store: Store, remote: Remote, refs: Sequence[RefName] | None, *, f
         if item.id not in needed:
             needed.update(objects_of(item.id, read_manifest(store, item.id)))
     catalog = read_catalog(store, remote.transport, store.progress) if ready else Catalog({}, {})
-    return _plan(store, catalog, pushed, frozenset(needed), initialise=not ready)
+    return plan_objects(store, catalog, pushed, frozenset(needed), initialise=not ready)
 
 
 def execute_push(store: Store, remote: Remote, plan: PushPlan, progress: Progress) -> PushResult:
@@ -107,7 +108,7 @@ def execute_push(store: Store, remote: Remote, plan: PushPlan, progress: Progres
         if plan.shipments or plan.initialise:
             remote.transport.initialise()
             require_ready(remote.transport)
-        _send_all(store, remote, plan, sent, progress)
+        send_all(store, remote, plan, sent, progress)
         conflicts = []
         for item in plan.refs:
             try:
@@ -116,7 +117,7 @@ def execute_push(store: Store, remote: Remote, plan: PushPlan, progress: Progres
             except Conflict as exc:
                 conflicts.append(exc)
         if sent or any(item.moves for item in plan.refs):
-            _look_again(store, remote, plan, sent, progress)
+            look_again(store, remote, plan, sent, progress)
         if conflicts:
             raise conflicts[0]
     return PushResult(plan.refs, sum(sent.values()), len(sent), plan.present, plan.present_bytes)
@@ -156,9 +157,10 @@ def _decide(store: Store, entry: RefEntry, seen: RemoteRef, *, force: bool) -> P
     return PushedRef(entry.ref, entry.id, seen, status, entry.message)
 
 
-def _plan(
+def plan_objects(
     store: Store, catalog: Catalog, refs: tuple[PushedRef, ...], needed: frozenset[ObjectId], *, initialise: bool
 ) -> PushPlan:
+    """Decide how what is `needed` and not in the catalog travels."""
     missing, relied_on = _missing(store, catalog, needed)
     places = [catalog.objects[oid][0] for oid in relied_on]
     return PushPlan(
@@ -191,7 +193,7 @@ def _missing(
     return frozenset(missing), frozenset(relied_on - missing)
 
 
-def _send_all(store: Store, remote: Remote, plan: PushPlan, sent: dict[ObjectId, int], progress: Progress) -> None:
+def send_all(store: Store, remote: Remote, plan: PushPlan, sent: dict[ObjectId, int], progress: Progress) -> None:
     """Send and confirm; if a gc here has moved a pack meanwhile, its objects are looked up again."""
     for attempt in range(_TRIES):
         if not plan.shipments:
@@ -209,16 +211,17 @@ def _send_all(store: Store, remote: Remote, plan: PushPlan, sent: dict[ObjectId,
             plan = _replan(store, remote, plan)
 
 
-def _look_again(store: Store, remote: Remote, plan: PushPlan, sent: dict[ObjectId, int], progress: Progress) -> None:
+def look_again(store: Store, remote: Remote, plan: PushPlan, sent: dict[ObjectId, int], progress: Progress) -> None:
     """A gc at the remote may have taken what nothing there needed until the refs moved: then it is sent after all.
 
     From here on the refs protect it, so once is enough.
     """
-    if plan.relied_on | sent.keys() <= list_remote_packs(remote.transport).keys():
+    unlisted = (plan.relied_on | sent.keys()) - list_remote_packs(remote.transport).keys()
+    if all(remote.transport.size(pack_key(name)) is not None for name in unlisted):  # a list may be behind
         return
-    _send_all(store, remote, _replan(store, remote, plan), sent, progress)
+    send_all(store, remote, _replan(store, remote, plan), sent, progress)
 
 
 def _replan(store: Store, remote: Remote, plan: PushPlan) -> PushPlan:
     catalog = read_catalog(store, remote.transport, store.progress)
-    return _plan(store, catalog, plan.refs, plan.needed, initialise=False)
+    return plan_objects(store, catalog, plan.refs, plan.needed, initialise=False)

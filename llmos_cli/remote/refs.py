@@ -41,11 +41,11 @@ class RemoteRef:
 
 def list_remote_refs(transport: Transport, progress: Progress) -> dict[RefName, RemoteRef]:
     """Every ref as it is now, by name, those that cannot be read included."""
-    numbers: defaultdict[RefName, list[int]] = defaultdict(list)
+    numbers: defaultdict[RefName, set[int]] = defaultdict(set)
     for key, _ in transport.list(f"{REFS}/"):
         found = _parse_key(key)
         if found:
-            numbers[found[0]].append(found[1])
+            numbers[found[0]].add(found[1])
 
     def read(ref: RefName) -> RemoteRef:
         return _read(transport, ref, sorted(numbers[ref]), progress)
@@ -120,17 +120,25 @@ def _read(transport: Transport, ref: RefName, sequences: list[int], progress: Pr
 
 
 def _read_move(transport: Transport, ref: RefName, sequence: int) -> RefEntry | None:
-    try:
+    """A move; None if it was trimmed or removed meanwhile. One that does not read is asked for a second time."""
+
+    def read() -> RefEntry:
         return decode_entry(transport.read(ref_key(ref, sequence), 0, limits.REF_FILE_BYTES + 1), ref, sequence)
+
+    try:
+        try:
+            return read()
+        except Damaged:
+            return read()
     except NotFound:
-        return None  # trimmed or removed meanwhile
+        return None
     except Damaged as exc:
         raise type(exc)(f"{exc.message}, at {transport.url}", hint=exc.hint) from exc
 
 
 def _sequences(transport: Transport, ref: RefName) -> list[int]:
     found = (_parse_key(key) for key, _ in transport.list(f"{REFS}/{ref.name}/{ref.tag}/"))
-    return sorted(pair[1] for pair in found if pair and pair[0] == ref)
+    return sorted({pair[1] for pair in found if pair and pair[0] == ref})
 
 
 def _parse_key(key: str) -> tuple[RefName, int] | None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from llmos_cli.errors import Damaged, NotFound, RemoteUnavailable
+from llmos_cli.errors import Damaged, Interrupted, NotFound, RemoteUnavailable
 from llmos_cli.formats import codec, limits
 from llmos_cli.formats.codec import ADOPTED
 from llmos_cli.formats.frame import HEADER_BYTES, Frame, check_id, check_payload, encode_header, new_frame
@@ -22,6 +22,7 @@ from llmos_cli.progress import Task
 from llmos_cli.remote.catalog import Place, RemotePack, read_remote_pack
 from llmos_cli.remote.fetch import BadPack, prove_object
 from llmos_cli.remote.parallel import in_order
+from llmos_cli.remote.remembered import Memory, recall
 from llmos_cli.remote.transport import Transport
 from llmos_cli.store.frames import decode_read, indexed_base, read_frame
 from llmos_cli.store.handle import Store
@@ -84,21 +85,48 @@ def send(
     Raises FileNotFoundError if a pack of the store is gone, Damaged if one is not what it should be.
     """
 
+    memory, counted = recall(store, transport), _Stoppable(task)
+
     def send_one(shipment: Shipment) -> RemotePack:
         if isinstance(shipment, WholePack):
             pack = RemotePack(shipment.name, shipment.size, shipment.entries)
             try:
-                transport.put_file(pack.key, store.pack_path(pack.name), pack.name, task)
+                transport.put_file(pack.key, store.pack_path(pack.name), pack.name, counted)
             except Damaged:  # maybe only its index: its frames are checked one by one, and a broken one is named
-                pack = _send_fresh(store, transport, FreshPack(tuple((pack.name, e) for e in pack.entries)), task)
+                pack = _send_fresh(store, transport, FreshPack(tuple((pack.name, e) for e in pack.entries)), counted)
         else:
-            pack = _send_fresh(store, transport, shipment, task)
-        _confirm(store, transport, pack)
+            pack = _send_fresh(store, transport, shipment, counted)
+        _confirm(store, transport, pack, memory if isinstance(shipment, FreshPack) else None)
         return pack
 
     with closing(in_order(send_one, shipments, workers=_STREAMS, limit=_STREAMS)) as arrived:
-        for pack in arrived:
-            sent[pack.name] = pack.size
+        try:
+            for pack in arrived:
+                sent[pack.name] = pack.size
+        except BaseException:
+            counted.stop()
+            raise
+        finally:
+            memory.save()
+
+
+class _Stoppable:
+    """A task that ends what is under way, at its next block, once one transfer has failed or the user has said stop."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._stopped = False
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def advance(self, amount: int = 1) -> None:
+        if self._stopped:
+            raise Interrupted("stopped")
+        self._task.advance(amount)
+
+    def note(self, text: str) -> None:
+        self._task.note(text)
 
 
 def _fresh_packs(frames: Sequence[tuple[ObjectId, Entry]]) -> list[FreshPack]:
@@ -163,7 +191,7 @@ def _encoded(store: Store, adopted: Frame, payload: memoryview) -> tuple[Frame, 
     return new_frame(adopted.kind, adopted.id, adopted.plain_size, encoded), encoded.parts
 
 
-def _confirm(store: Store, transport: Transport, pack: RemotePack) -> None:
+def _confirm(store: Store, transport: Transport, pack: RemotePack, memory: Memory | None) -> None:
     """Being told that a pack was stored is no proof: read its size, its index and one object back."""
     problem = RemoteUnavailable(
         f"{transport.url} does not have what it was just sent ({pack_key(pack.name)})",
@@ -172,7 +200,7 @@ def _confirm(store: Store, transport: Transport, pack: RemotePack) -> None:
     if transport.size(pack.key) != pack.size:
         raise problem
     try:
-        if read_remote_pack(transport, pack.name, pack.size).entries != pack.entries:
+        if read_remote_pack(transport, pack.name, pack.size, memory).entries != pack.entries:
             raise problem
         prove_object(transport, Place(pack, pack.entries[-1]), partial(indexed_base, store))
     except (Damaged, NotFound, BadPack) as exc:

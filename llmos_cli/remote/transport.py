@@ -57,6 +57,10 @@ class Transport(Protocol):
         """Remove a key; a key that is absent is no error."""
 
 
+class SlowToAsk:
+    """What a transport inherits from if a question to it costs a round trip: what it answers is then remembered."""
+
+
 def check_key(key: str) -> str:
     """Return `key` if every transport can hold it and none can be led astray by it; raises Unsafe otherwise."""
     parts = key.split("/")
