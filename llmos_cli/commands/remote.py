@@ -52,10 +52,12 @@ def add(
 
     Examples:
       llmos remote add nas /mnt/nas/models
-      llmos remote add team ../shared-store
+      llmos remote add cloud "s3://bucket/models?endpoint=http://127.0.0.1:7480"
       llmos remote add pool --pool --replicas 2 /mnt/a /mnt/b /mnt/c /mnt/d
     """
-    here = session(ctx)
+    from llmos_cli.remote.probe import LOCKS, READ_ONLY, probe
+
+    here, creates = session(ctx), None
     if len(urls) > 1 and not pool:
         raise UsageError(f"{name} is given {len(urls)} URLs", hint="several nodes make a pool: add --pool")
     with here.open_store() as store:
@@ -64,11 +66,18 @@ def add(
 
             kept = add_pool(store, name, urls, replicas, here.cwd).pool.url
         else:
-            from llmos_cli.remote.open import add_remote
+            from llmos_cli.remote.open import add_locks, add_remote, open_transport
 
             kept = add_remote(store, name, urls[0], here.cwd)
-    here.out.result({"remote": name, "url": kept})
+            creates = probe(open_transport(kept))
+            if creates == LOCKS:
+                kept = add_locks(store, name)
+    here.out.result({"remote": name, "url": kept, "creates": creates})
     here.out.line(f"{name} is {kept}")
+    if creates == LOCKS:
+        here.out.warn(f"{kept} does not honour conditional puts: refs move by way of lock objects there")
+    if creates == READ_ONLY:
+        here.out.warn(f"{kept} may not be written to with these credentials: pull works, push does not")
     here.out.hint(f"llmos push {name} --all, or llmos pull {name} --all")
 
 

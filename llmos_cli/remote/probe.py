@@ -4,7 +4,6 @@ Refs rest on that. A gateway that ignores the condition would let two writers wi
 everybody writes to by way of lock objects.
 """
 
-from dataclasses import dataclass
 from typing import Final
 
 from llmos_cli.errors import AccessDenied
@@ -17,26 +16,19 @@ READ_ONLY: Final = "read only"
 LINKS: Final = "exclusive names"
 
 
-@dataclass(frozen=True)
-class Probe:
-    """`creates`: how a ref is moved there, one of the words above."""
-
-    creates: str
-
-
-def probe(transport: Transport) -> Probe:
-    """Try it; leaves nothing behind but, where it is needed, the mark."""
+def probe(transport: Transport) -> str:
+    """How a ref is moved there, one of the words above; leaves nothing behind but, where it is needed, the mark."""
     from llmos_cli.remote.objectstore import ObjectStoreTransport
 
     if not isinstance(transport, ObjectStoreTransport):
-        return Probe(LINKS)
+        return LINKS
     try:
         if transport.uses_locks():
-            return Probe(LOCKS)
+            return LOCKS
         if transport.creates_exclusively():
-            return Probe(CONDITIONAL)
+            return CONDITIONAL
         if is_ready(transport):
             transport.require_locks()
-        return Probe(LOCKS)
+        return LOCKS
     except AccessDenied:
-        return Probe(READ_ONLY)
+        return READ_ONLY
