@@ -179,7 +179,7 @@ def run() -> NoReturn:
 def _show_help(on: bool) -> None:
     if not on:
         return
-    Output().line(root_help(GROUPS, EXIT_CODES))
+    Output().page(root_help(GROUPS, EXIT_CODES))
     raise typer.Exit()
 
 

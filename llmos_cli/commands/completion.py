@@ -32,4 +32,4 @@ def completion(
         raise UsageError(f"no completion for the shell {shell!r}", hint=f"there is one for {', '.join(SHELLS)}")
     script: str = import_module(f"llmos_cli.ui.completion.{shell}").script(read_tree(ctx.find_root().command))
     here.out.result({"shell": shell, "script": script})
-    here.out.line(script.rstrip("\n"))
+    here.out.page(script.rstrip("\n"))

@@ -46,7 +46,12 @@ class Output:
             _write_out(jsonlib.dumps(_finite(data), default=str, allow_nan=False) + "\n", flush=True)
 
     def line(self, text: str = "") -> None:
-        """A line of data for a person; nothing in JSON mode."""
+        """A line of data for a person, and never more than one; nothing in JSON mode."""
+        if not self.json:
+            _write_out(safe_line(text) + "\n")
+
+    def page(self, text: str) -> None:
+        """Several lines, which are our own words; nothing in JSON mode."""
         if not self.json:
             _write_out(safe(text) + "\n")
 
