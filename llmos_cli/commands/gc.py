@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmos_cli.errors import PartlyDone, Unsafe, UsageError
+from llmos_cli.errors import Damaged, PartlyDone, Unsafe, UsageError
 from llmos_cli.ui.session import Session, session
 from llmos_cli.ui.text import duration, plural, size, when
 
@@ -256,7 +256,7 @@ def _undelete(here: Session, store: "Store", names: list[str], *, dry_run: bool)
     plan = plan_undelete(store, [parse_ref(name) for name in names])
     done = None if dry_run else execute_undelete(store, plan)
     back = done.refs if done else plan.refs
-    left = [*plan.kept, *(done.failed if done else ())]
+    left = [*plan.kept, *((item, exc.message) for item, exc in (done.failed if done else ()))]
     packs = done.packs if done else len(plan.packs)
     here.out.result(
         {
@@ -276,8 +276,10 @@ def _undelete(here: Session, store: "Store", names: list[str], *, dry_run: bool)
     if not (back or left or packs):
         here.out.line("the trash is empty")
     if done and done.failed:
-        raise PartlyDone(
-            f"{plural(len(done.failed), 'ref')} could not be brought back", hint="see why above, or with --json"
+        lost = any(isinstance(exc, Damaged) for _, exc in done.failed)
+        raise (Damaged if lost else PartlyDone)(
+            f"{', '.join(str(item.ref) for item, _ in done.failed)} could not be brought back: {done.failed[0][1].message}",
+            hint=done.failed[0][1].hint or "see what is wrong: llmos fsck",
         )
 
 

@@ -26,8 +26,10 @@ from llmos_cli.formats.pack import (
 )
 from llmos_cli.store import durable
 from llmos_cli.store.adopted import has_adopted
+from llmos_cli.store.chains import DEEPEST
 from llmos_cli.store.frames import read_frame
 from llmos_cli.store.handle import Store
+from llmos_cli.store.index import Location
 
 _TRIES: Final = 4  # a gc may move a pack again and again while we look for it
 
@@ -318,11 +320,13 @@ def secure(store: Store, objects: Iterable[ObjectId], *, fresh: Set[ObjectId]) -
     """Make sure that objects about to become reachable are all there, and make the packs that hold them young again.
     Returns those packs.
 
-    `fresh` packs were just written. What a gc took meanwhile comes back from the trash; raises Damaged if it cannot.
+    `fresh` packs were just written. A delta is there if its base is, in a copy that is less deep. What a gc took
+    meanwhile comes back from the trash; raises Damaged if it cannot.
     """
     packs: set[ObjectId] = set()
+    lost: set[ObjectId] = set()
     for oid in objects:
-        packs.add(_holder(store, oid, packs))
+        _find_whole(store, oid, DEEPEST, packs, lost)
     for pack in packs - fresh:
         durable.touch(store.pack_path(pack))
     return packs
@@ -339,18 +343,38 @@ def find_holder(store: Store, oid: ObjectId, known: Collection[ObjectId] = ()) -
     return None
 
 
-def _holder(store: Store, oid: ObjectId, known: set[ObjectId]) -> ObjectId:
-    """A pack that holds an object and exists; brought back from the trash if it must be."""
-    for attempt in range(_TRIES):
-        pack = find_holder(store, oid, known)
-        if pack:
-            return pack
+def _find_whole(store: Store, oid: ObjectId, below: int, packs: set[ObjectId], lost: set[ObjectId]) -> None:
+    """Note the packs of a copy of less than this depth and of what it rests on; brought back from the trash if they
+    must be. What turns out to be `lost` is not looked for again."""
+    for attempt in range(_TRIES if oid not in lost else 0):
+        if any(_is_whole(store, location, packs, lost) for location in _less_deep(store, oid, below)):
+            return
         sync_index(store)
         if attempt and not restore_from_trash(store, oid):
             find_in_packs(store, oid)
-    for location in store.index.locate(oid):
-        if location.entry.codec == ADOPTED:  # its file is gone: next time it must not count as stored
+    lost.add(oid)
+    for location in store.index.locate(oid):  # what it lies in or rests on is gone: next time it must not count
+        if location.entry.codec in (ADOPTED, DELTA):
             store.index.forget(oid, location.pack)
     raise Damaged(
         f"object {oid.short} was removed while it was being used", hint="run the command again: it will be stored anew"
     )
+
+
+def _less_deep(store: Store, oid: ObjectId, below: int) -> list[Location]:
+    return [location for location in store.index.locate(oid) if location.entry.depth < below]
+
+
+def _is_whole(store: Store, location: Location, packs: set[ObjectId], lost: set[ObjectId]) -> bool:
+    entry = location.entry
+    if entry.codec == ADOPTED and not has_adopted(store, entry.base):
+        return False
+    if location.pack not in packs and not store.pack_path(location.pack).exists():
+        return False
+    if entry.depth:
+        try:
+            _find_whole(store, entry.base, entry.depth, packs, lost)
+        except Damaged:
+            return False
+    packs.add(location.pack)
+    return True

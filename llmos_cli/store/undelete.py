@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmos_cli.errors import Conflict, LlmosError, NotFound, UsageError
+from llmos_cli.errors import Conflict, LlmosError, NoSpace, NotFound, UsageError
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import RefName
 from llmos_cli.store import durable
@@ -47,7 +47,7 @@ class UndeleteResult:
     """The refs that are back, those that could not be brought back with why, and how many packs left the trash."""
 
     refs: tuple[Removed, ...]
-    failed: tuple[tuple[Removed, str], ...]
+    failed: tuple[tuple[Removed, LlmosError], ...]
     packs: int
 
 
@@ -99,8 +99,10 @@ def execute_undelete(store: Store, plan: UndeletePlan) -> UndeleteResult:
         try:
             _bring_back(store, item)
             done.append(item)
+        except NoSpace:
+            raise
         except LlmosError as exc:
-            failed.append((item, exc.message))
+            failed.append((item, exc))
     for name, path in plan.packs:
         with contextlib.suppress(NotFound):
             restore_pack(store, name, path, read_pack(path))

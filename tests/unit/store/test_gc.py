@@ -1,3 +1,5 @@
+import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -6,21 +8,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llmos_cli.config import Config, GcConfig
-from llmos_cli.errors import Busy, Damaged, LlmosError, NoSpace
+from llmos_cli.errors import Busy, Damaged, LlmosError, NoSpace, Unsafe
 from llmos_cli.formats import limits
-from llmos_cli.formats.ids import object_id
+from llmos_cli.formats.ids import ObjectId, object_id
+from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Silent
+from llmos_cli.store.clock import check_clock
 from llmos_cli.store.gc import execute_gc, plan_gc
 from llmos_cli.store.leases import hold, hold_alone
 from llmos_cli.store.local import Store, init_store, open_store
-from llmos_cli.store.objects import read_manifest, read_object
-from llmos_cli.store.packs import list_packs
+from llmos_cli.store.objects import open_file, read_file, read_manifest, read_object
+from llmos_cli.store.packs import list_packs, sync_index
+from llmos_cli.store.reach import find_roots, reachable
 from llmos_cli.store.refs import delete_ref, read_ref
-from llmos_cli.store.transaction import begin
+from llmos_cli.store.repack import execute_repack, plan_repack
+from llmos_cli.store.transaction import Tensor, begin
+from llmos_cli.store.weights import staying, weigh
 
 DAY = 86400.0
 
@@ -483,3 +491,160 @@ def test_a_store_that_may_not_be_written_to(store: Store, lab: Any, as_nobody: A
 
     if os.geteuid() == 0:
         assert as_nobody(attempt) == "access-denied"
+
+
+def put_tensor(store: Store, ref: str, values: np.ndarray, **extra: bytes) -> ObjectId:
+    """Commit a model of one tensor; gives the id of its chunk."""
+    data = values.tobytes()
+    with begin(store, purpose="test", ref=RefName(ref)) as tx:
+        entries = [tx.add_tensors("model.safetensors", [Tensor("w", "F32", values.shape, lambda: data)])]
+        entries += [tx.add_bytes(name, content) for name, content in extra.items()]
+        tx.commit(Manifest("model", tuple(entries)), message="")
+    return object_id(data)
+
+
+def test_what_stays_on_the_disk_stays_readable_needed_or_not(store: Store, lab: Any) -> None:
+    """A delta that nothing needs lies in a pack that stays; whoever stores its chunk again does not write it anew."""
+    values = np.random.default_rng(0).normal(0, 0.02, 4000).astype(np.float32)
+    first, noise = values, lab.noise(100_000)
+    second = np.concatenate([first[:10] + 1, first[10:]])
+    base = put_tensor(store, "run", first)
+    delta = put_tensor(store, "run", second, other=noise)
+    assert store.index.locate(delta)[0].entry.base == base
+    lab.add("keep", {"other": noise})
+    lab.remove("run")
+    lab.gc()
+    put_tensor(store, "again", second, other=noise)
+    assert lab.read("again")["model.safetensors"].endswith(second.tobytes())
+    lab.sound()
+
+
+def test_a_delta_whose_base_is_gone_is_stored_anew(store: Store, lab: Any) -> None:
+    first = np.random.default_rng(0).normal(0, 0.02, 4000).astype(np.float32)
+    second = np.concatenate([first[:10] + 1, first[10:]])
+    base = put_tensor(store, "run", first)
+    put_tensor(store, "run", second)
+    lab.pack_of(base).unlink()
+    with pytest.raises(Damaged) as caught:
+        put_tensor(store, "again", second)
+    assert caught.value.hint == "run the command again: it will be stored anew"
+    put_tensor(store, "again", second)
+    assert lab.read("again")["model.safetensors"].endswith(second.tobytes())
+
+
+@pytest.mark.parametrize("minutes", [-6, 6])
+def test_a_clock_that_is_not_that_of_the_file_system(store: Store, lab: Any, minutes: int) -> None:
+    lab.add("x", {"f": lab.noise(10_000)})
+    lab.remove("x")
+    lab.age_all(2 * DAY)
+    plan = plan_gc(store)
+    with pytest.raises(Unsafe, match=r"minutes (ahead of|behind) that of the file system") as caught:
+        execute_gc(store, plan, Silent(), now=time.time() + 60 * minutes)
+    assert caught.value.exit_code == 14
+    assert lab.packs()
+    assert not lab.leftovers()
+    execute_gc(store, plan, Silent(), now=time.time() + 60)
+    assert not lab.packs()
+
+
+@pytest.mark.parametrize("what", ["pack", "trashed pack", "lease"])
+def test_something_from_the_future(store: Store, lab: Any, what: str) -> None:
+    lab.add("x", {"f": lab.noise(10_000)})
+    lab.add("y", {"f": b"stays"})
+    with contextlib.ExitStack() as stack:
+        if what == "lease":
+            stack.enter_context(hold(store, "training", []))
+            (lease,) = store.leases.glob("*.json")
+            fields = json.loads(lease.read_bytes())
+            lease.write_text(json.dumps(fields | {"since": time.time() + 600}))
+        elif what == "pack":
+            lab.age(lab.packs()[0], -3600)
+        else:
+            lab.remove("x")
+            lab.gc(grace=0.5)
+            lab.age_all(DAY)
+            lab.gc(grace=3600)
+            lab.age(trash(store)[0], -3600)
+        before = lab.packs()
+        with pytest.raises(Unsafe) as caught:
+            lab.gc()
+        assert lab.packs() == before
+        hint = caught.value.hint
+        assert hint
+        assert hint.startswith("set the clock")
+        plan_gc(store, grace_seconds=0)
+    if what != "lease":
+        os.utime(hint.rpartition(" ")[2])
+        lab.gc()
+        lab.sound()
+
+
+def test_an_old_lease_of_another_host_does_not_stand_in_the_way(store: Store, lab: Any) -> None:
+    with hold(store, "training", []):
+        check_clock(store)
+        check_clock(store, time.time() + 200)
+
+
+def test_a_gc_and_a_repack_and_a_reader_at_once(store: Store, lab: Any, small_packs: None, in_processes: Any) -> None:
+    """Each either does its part or says that another is at it."""
+    data = {f"f{number}": lab.noise(60_000, number) for number in range(6)}
+    for name, content in data.items():
+        lab.add(name, {"f": content})
+        lab.add("dead", {"f": lab.noise(60_000, ord(name[1]))})
+    lab.remove("dead")
+    store.close()
+
+    def work(number: int) -> str:
+        with open_store(store.root, Silent()) as mine:
+            for _ in range(3):
+                try:
+                    if number == 0:
+                        lab.gc(store=mine)
+                    elif number == 1:
+                        execute_repack(mine, plan_repack(mine, grace_seconds=0), Silent())
+                    else:
+                        for name, content in data.items():
+                            assert lab.read(name, mine) == {"f": content}
+                except Busy:
+                    continue
+        return "done"
+
+    assert in_processes(4, work) == ["done"] * 4
+    with open_store(store.root, Silent()) as mine:
+        lab.gc(store=mine)
+        for name, content in data.items():
+            assert lab.read(name, mine) == {"f": content}
+        lab.sound(mine)
+
+
+def test_a_reader_whose_pack_is_moved_and_unlinked_goes_on(store: Store, lab: Any, mixed: dict[str, bytes]) -> None:
+    value = read_ref(store, RefName("kept"))
+    assert value
+    (file,) = read_manifest(store, value.id).files
+    reader = open_file(store, file)
+    assert reader.read(0, 10) == mixed["keep"][:10]
+    with open_store(store.root, Silent()) as other:
+        lab.gc(store=other)
+    assert reader.read(10, 40_000) == mixed["keep"][10:]
+    assert read_file(store, file) == mixed["keep"]
+
+
+def test_weights_are_exact(store: Store, lab: Any) -> None:
+    """What is alive and dead of each pack adds up to what lies in it, twofold objects counted once."""
+    data = lab.noise(30_000)
+    lab.add("x", {"f": data})
+    store.index.drop_pack(store.index.locate(object_id(data))[0].pack)
+    lab.add("y", {"f": data, "g": lab.noise(20_000, 1)})
+    store.index.reset()
+    sync_index(store)
+    live = reachable(store, find_roots(store, since=0))
+    found = weigh(store, live, list_packs(store.packs).keys())
+    assert found.found == len(live)
+    for name, weight in found.packs.items():
+        entries = store.index.entries(name)
+        kept = staying(store, name, weight, live)
+        assert weight.objects == len(entries)
+        assert weight.staying == len(kept)
+        assert weight.live == sum(entry.stored_size for entry in kept)
+        assert weight.dead == sum(entry.stored_size for entry in set(entries) - set(kept))
+    assert sum(len(weight.spare) for weight in found.packs.values()) == 1
