@@ -49,6 +49,8 @@ GROUPS: Final = {
         "push": "Send refs and what they need to a remote.",
         "pull": "Fetch refs and what they need from a remote.",
         "clone": "Make a store in DIR with all refs of a remote.",
+        "backup": "Keep everything at a remote as a dated snapshot.",
+        "restore": "Bring back what a backup has kept.",
     },
     "make": {
         "shard": "Turn text into token shards to train on.",

@@ -7,7 +7,7 @@ does not ask for again.
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -92,8 +92,16 @@ def plan_pull(store: Store, remote: Remote, refs: Sequence[RefName] | None, *, f
             f"{', '.join(apart)} has gone different ways here and at {remote.label}",
             hint=f"keep yours under another name (llmos tag {apart[0]} {apart[0]}-mine), then pull with --force",
         )
+    wanted = {item.id for item in pulled if item.status != "ahead"}
+    return plan_manifests(store, transport, wanted, pulled)
+
+
+def plan_manifests(
+    store: Store, transport: Transport, manifests: Set[ObjectId], refs: tuple[PulledRef, ...] = ()
+) -> PullPlan:
+    """Decide what to fetch so that these manifests are here whole; raises Damaged if the remote cannot give it."""
     catalog = read_catalog(store, transport, store.progress)
-    wanted = sorted({item.id for item in pulled if item.status != "ahead"})
+    wanted = sorted(manifests)
     needed: dict[ObjectId, int | None] = {}
     lost = frozenset(oid for oid in wanted if _is_lost(store, oid))
     for oid in wanted:
@@ -106,7 +114,7 @@ def plan_pull(store: Store, remote: Remote, refs: Sequence[RefName] | None, *, f
             for chunk in entry.chunks:
                 if needed.setdefault(chunk.id, chunk.size) != chunk.size and chunk.id not in wanted:
                     raise _wrong_size(chunk.id, chunk.size)
-    return PullPlan(pulled, needed, lost, _plan_fetches(store, transport, catalog, needed, lost), catalog)
+    return PullPlan(refs, needed, lost, _plan_fetches(store, transport, catalog, needed, lost), catalog)
 
 
 def execute_pull(store: Store, remote: Remote, plan: PullPlan, progress: Progress) -> PullResult:

@@ -1,4 +1,4 @@
-"""What is reachable: from refs, their recent moves and leases to manifests, and from manifests to chunks.
+"""What is reachable: from refs, their recent moves, snapshots and leases to manifests, from manifests to chunks.
 
 A root that cannot be read is an error, never "nothing": what cannot be listed must not look like garbage.
 """
@@ -15,6 +15,7 @@ from llmos_cli.store.handle import Store
 from llmos_cli.store.leases import live_leases
 from llmos_cli.store.objects import read_object
 from llmos_cli.store.refs import read_ref, ref_history, ref_names
+from llmos_cli.store.snapshots import read_snapshots
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Root:
 
 
 def find_roots(store: Store, *, since: float) -> list[Root]:
-    """Current refs, moves of refs younger than `since` (a Unix time) with what they replaced, and live leases."""
+    """Current refs, moves of refs younger than `since` (a Unix time) with what they replaced, snapshots of backups, and
+    live leases."""
     roots = []
     for ref in ref_names(store):
         history = ref_history(store, ref)
@@ -42,6 +44,8 @@ def find_roots(store: Store, *, since: float) -> list[Root]:
                 roots.append(Root(move.id, f"log of {ref}", ref, False))
             if move.previous and recent:  # it was current until this move
                 roots.append(Root(move.previous, f"log of {ref}", ref, False))
+    for name, snapshot in read_snapshots(store):
+        roots.extend(Root(oid, f"snapshot {name.time}-{name.id.short}", None, True) for oid in snapshot.manifests)
     for lease in live_leases(store):
         roots.extend(Root(oid, f"lease of process {lease.process.pid}", None, True) for oid in lease.objects)
     return roots

@@ -26,6 +26,7 @@ from llmos_cli.store.moves import RefLog, kept_since, kept_values, read_log
 from llmos_cli.store.objects import read_object
 from llmos_cli.store.packs import list_packs, read_pack, restore_pack, total_size
 from llmos_cli.store.refs import ref_names
+from llmos_cli.store.snapshots import read_snapshot, snapshot_names
 from llmos_cli.store.verify import Checked, check_pack, verify
 
 _WORKERS: Final = min(os.cpu_count() or 1, 16)
@@ -324,6 +325,19 @@ class Survey:
                 self._current.add(log.value.id)
             for oid, label in kept_values(log, since):
                 self.labels.setdefault(oid, {})[label] = None
+        self._read_snapshots()
+
+    def _read_snapshots(self) -> None:
+        for name in snapshot_names(self.store):
+            label = f"snapshot {name.time}-{name.id.short}"
+            try:
+                snapshot = read_snapshot(self.store, name)
+            except LlmosError as exc:
+                self._fault(Fault(exc.message.removeprefix(f"{label} "), label))
+                continue
+            for oid in snapshot.manifests if snapshot else ():
+                self.labels.setdefault(oid, {})[label] = None
+                self._current.add(oid)
 
     def _fault(self, fault: Fault) -> None:
         if fault not in self.faults:

@@ -23,7 +23,9 @@ from llmos_cli.formats.ids import NO_ID, ObjectId, checksum, object_id
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, adopted_key, pack_key, ref_key
 from llmos_cli.formats.manifest import Chunk, FileEntry, Manifest, Recipe, Source, encode_manifest
 from llmos_cli.formats.names import RefName
+from llmos_cli.formats.pool import CARD_KEY, Card, Member, Members, encode_card, encode_members, members_key
 from llmos_cli.formats.reflog import RefEntry, encode_entry
+from llmos_cli.formats.snapshot import Snapshot, encode_snapshot, name_snapshot
 
 FOLDER = Path(__file__).parent / "v1"
 
@@ -154,8 +156,16 @@ def build() -> dict[str, bytes]:
         RefEntry(RefName("golden", "delta"), 1, object_id(delta_manifest), None, time, "ann@example", "add"),
         RefEntry(RefName("golden", "adopted"), 1, object_id(adopted_manifest), None, time, "ann@example", "add"),
     ]
+    logs = {ref: tuple(move for move in moves if move.ref == ref) for ref in sorted({move.ref for move in moves})}
+    snapshot = Snapshot("2026-01-02T03:04:07+00:00", "ann@example:/store", logs, tuple(sorted({m.id for m in moves})))
+    kept = encode_snapshot(snapshot)
+    nodes = tuple(Member(f"{number:032x}", f"{number + 8:032x}", f"/node{number}") for number in (1, 2, 3))
+    members = Members("f" * 32, 2, 2, nodes)
     return {
         FORMAT_FILE: FORMAT_TEXT,
+        name_snapshot(snapshot, kept).key: kept,
+        CARD_KEY: encode_card(Card(members.pool, nodes[0].id, nodes[0].life)),
+        members_key(members.epoch): encode_members(members),
         "manifest.json": manifest,
         "manifest-delta.json": delta_manifest,
         pack_key(object_id(whole)): whole,

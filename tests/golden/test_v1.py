@@ -13,7 +13,9 @@ from llmos_cli.formats.ids import ObjectId, checksum, object_id
 from llmos_cli.formats.layout import adopted_key, check_format, pack_key, ref_key
 from llmos_cli.formats.manifest import decode_manifest, encode_manifest
 from llmos_cli.formats.names import RefName
+from llmos_cli.formats.pool import decode_card, decode_members, encode_card, encode_members
 from llmos_cli.formats.reflog import RefEntry, decode_entry, encode_entry
+from llmos_cli.formats.snapshot import decode_snapshot, encode_snapshot, parse_snapshot_name
 
 FOLDER = Path(__file__).parent / "v1"
 MAKE = runpy.run_path(str(FOLDER.parent / "make_v1.py"))
@@ -133,6 +135,27 @@ def test_the_ref_is_read_and_written_the_same() -> None:
     assert moves[1].previous == moves[0].id
     assert str(moves[1].id) == MANIFEST_ID
     assert moves[1].message == 'add: "é"\n'
+
+
+def test_the_snapshot_is_read_and_written_the_same() -> None:
+    (path,) = (FOLDER / "snapshots").iterdir()
+    name, data = parse_snapshot_name(path.name), path.read_bytes()
+    assert name is not None
+    assert name.moment.isoformat() == "2026-01-02T03:04:07+00:00"
+    snapshot = decode_snapshot(data, name)
+    assert encode_snapshot(snapshot) == data
+    for ref, log in snapshot.refs.items():
+        assert [(FOLDER / ref_key(ref, move.sequence)).read_bytes() for move in log] == [*map(encode_entry, log)]
+    assert {str(oid) for oid in snapshot.manifests} >= {MANIFEST_ID, DELTA_MANIFEST_ID, ADOPTED_MANIFEST_ID}
+
+
+def test_the_card_and_the_members_of_a_pool_are_read_and_written_the_same() -> None:
+    card = decode_card((FOLDER / "pool/node").read_bytes())
+    members = decode_members((FOLDER / "pool/members/0000000002").read_bytes(), 2)
+    assert encode_card(card) == (FOLDER / "pool/node").read_bytes()
+    assert encode_members(members) == (FOLDER / "pool/members/0000000002").read_bytes()
+    assert (members.pool, members.replicas, members.majority) == (card.pool, 2, 2)
+    assert [node.url for node in members.nodes if (node.id, node.life) == (card.node, card.life)] == ["/node1"]
 
 
 def test_the_store_format_is_accepted() -> None:

@@ -11,6 +11,8 @@ from llmos_cli.formats import adopted, codec, frame, layout, limits, pack, reflo
 from llmos_cli.formats.ids import NO_ID
 from llmos_cli.formats.manifest import KINDS, FileEntry, Manifest, Recipe, encode_manifest
 from llmos_cli.formats.names import RefName
+from llmos_cli.formats.pool import Card, Members, encode_card, encode_members
+from llmos_cli.formats.snapshot import Snapshot, encode_snapshot
 
 README = (Path(llmos_cli.formats.__file__).parent / "README.md").read_text()
 STRUCTS = {
@@ -25,6 +27,9 @@ TYPES = {"u8": ("B", 1), "u32": ("I", 4), "u64": ("Q", 8)}
 UNITS = {"": 1, "KiB": limits.KiB, "MiB": limits.MiB, "GiB": limits.GiB}
 MANIFEST = json.loads(encode_manifest(Manifest("files", (FileEntry("a", ()),), {}, Recipe("add"))))
 MOVE = reflog.encode_entry(reflog.RefEntry(RefName("a"), 1, NO_ID, None, "", "", ""))
+SNAPSHOT = encode_snapshot(Snapshot("", "", {}, ()))
+CARD = encode_card(Card("", "", ""))
+MEMBERS = encode_members(Members("", 1, 1, ()))
 
 
 def section(heading: str) -> tuple[str, list[list[str]]]:
@@ -81,6 +86,9 @@ def test_the_codecs_are_those_of_the_code() -> None:
         ("File fields", MANIFEST["files"][0]),
         ("Recipe fields", MANIFEST["recipe"]),
         ("Ref move fields", json.loads(MOVE.split(b"\n")[0])),
+        ("Snapshot fields", json.loads(SNAPSHOT)),
+        ("Card fields", json.loads(CARD.split(b"\n")[0])),
+        ("Members fields", json.loads(MEMBERS.split(b"\n")[0])),
     ],
 )
 def test_the_fields_are_those_of_the_code(heading: str, fields: dict[str, object]) -> None:
