@@ -353,9 +353,11 @@ def _find_whole(store: Store, oid: ObjectId, below: int, packs: set[ObjectId], l
         if attempt and not restore_from_trash(store, oid):
             find_in_packs(store, oid)
     lost.add(oid)
-    for location in store.index.locate(oid):  # what it lies in or rests on is gone: next time it must not count
-        if location.entry.codec in (ADOPTED, DELTA):
-            store.index.forget(oid, location.pack)
+    above = [delta for delta, _, _ in store.index.resting({oid})]
+    for unreadable in (oid, *above):  # what it lies in or rests on is gone: next time it must not count as stored
+        for location in store.index.locate(unreadable):
+            if location.entry.codec == ADOPTED or location.entry.base in lost:
+                store.index.forget(unreadable, location.pack)
     raise Damaged(
         f"object {oid.short} was removed while it was being used", hint="run the command again: it will be stored anew"
     )
