@@ -40,7 +40,7 @@ class Patience:
     `stall` without a byte, `part` to send one part and have it acknowledged."""
 
     budget: float = 90.0
-    first: float = 12.0
+    first: float = 6.0
     stall: float = 30.0
     part: float = 120.0
 
@@ -252,6 +252,7 @@ class ObjectStoreTransport(SlowToAsk):
         from obstore.store import AzureStore, GCSStore, S3Store
 
         patience = self._patience
+        budget = patience.budget if self._answered else patience.first
         client = {
             "allow_http": self._plain_http,
             "connect_timeout": timedelta(seconds=min(10.0, patience.stall)),
@@ -260,8 +261,12 @@ class ObjectStoreTransport(SlowToAsk):
         }
         retry = {
             "max_retries": 0 if role == "once" else 12,
-            "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2},
-            "retry_timeout": timedelta(seconds=patience.budget if self._answered else patience.first),
+            "backoff": {
+                "init_backoff": timedelta(seconds=0.1),
+                "max_backoff": timedelta(seconds=budget / 6),
+                "base": 2,
+            },
+            "retry_timeout": timedelta(seconds=budget),
         }
         place: dict[str, Any] = {"client_options": client, "retry_config": retry}
         if self.address.prefix:
