@@ -276,11 +276,11 @@ def _undelete(here: Session, store: "Store", names: list[str], *, dry_run: bool)
     if not (back or left or packs):
         here.out.line("the trash is empty")
     if done and done.failed:
-        names = ", ".join(str(item.ref) for item, _ in done.failed)
+        which = ", ".join(str(item.ref) for item, _ in done.failed)
         first = done.failed[0][1]
         lost = any(isinstance(exc, Damaged) for _, exc in done.failed)
         raise (Damaged if lost else PartlyDone)(
-            f"{names} could not be brought back: {first.message}", hint=first.hint or "see what is wrong: llmos fsck"
+            f"{which} could not be brought back: {first.message}", hint=first.hint or "see what is wrong: llmos fsck"
         )
 
 

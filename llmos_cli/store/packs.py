@@ -285,7 +285,7 @@ def find_in_packs(store: Store, oid: ObjectId) -> bool:
             continue
         if any(entry.id == oid for entry in content.entries):
             store.index.add_pack(name, content.size, content.entries)
-            if not store.index.has(oid):
+            if all(location.pack != name for location in store.index.locate(oid)):
                 store.index.rebuild()
             return True
     return False
@@ -325,8 +325,14 @@ def secure(store: Store, objects: Iterable[ObjectId], *, fresh: Set[ObjectId]) -
     """
     packs: set[ObjectId] = set()
     lost: set[ObjectId] = set()
-    for oid in objects:
-        _find_whole(store, oid, DEEPEST, packs, lost)
+    problem: Damaged | None = None
+    for oid in objects:  # all of them: whoever tries again must not be told of the next one only then
+        try:
+            _find_whole(store, oid, DEEPEST, packs, lost)
+        except Damaged as exc:
+            problem = problem or exc
+    if problem:
+        raise problem
     for pack in packs - fresh:
         durable.touch(store.pack_path(pack))
     return packs
