@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def add(
     ctx: typer.Context,
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files or one folder.", show_default=False)],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Files or one folder.", show_default=False, readable=False),
+    ],
     name: Annotated[str, typer.Argument(metavar="NAME", help="The ref to move, NAME or NAME:TAG.", show_default=False)],
     *,
     base: Annotated[

@@ -13,7 +13,9 @@ from llmos_cli.ui.text import duration, plural, size
 def checkout(
     ctx: typer.Context,
     ref: Annotated[str, typer.Argument(metavar="REF", help="What to write.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; made if missing.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where to; made if missing.", show_default=False, readable=False)
+    ],
     *,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,

@@ -13,7 +13,10 @@ from llmos_cli.ui.text import duration, plural, size
 def clone(
     ctx: typer.Context,
     url: Annotated[str, typer.Argument(metavar="URL", help="A folder: a remote or a store.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where; the store is DIR/.llmos.", show_default=False)],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="Where; the store is DIR/.llmos.", show_default=False, readable=False),
+    ],
 ) -> None:
     """Make a store in DIR with all refs of a remote.
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _HELD_OUT = ("json", "email", "http", "logging")  # packages the model never sees in training
 _LEFT_OUT = ("test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "__pycache__")
+_ROWS = ("--max-rows", "128")  # as many as quantize compares on, so that nothing is measured twice
 _PROMPT = "class Reader:\n    def __init__(self, "
 
 
@@ -39,9 +40,9 @@ class _Step:
 
 def demo(
     ctx: typer.Context,
-    directory: Annotated[Path, typer.Option("--dir", metavar="DIR", help="A new folder to work in.")] = Path(
-        "llmos-demo"
-    ),
+    directory: Annotated[
+        Path, typer.Option("--dir", metavar="DIR", help="A new folder to work in.", readable=False)
+    ] = Path("llmos-demo"),
     steps: Annotated[
         int, typer.Option("--steps", min=1, max=100_000, help="Training steps: more is slower and better.")
     ] = 300,
@@ -75,9 +76,9 @@ def demo(
         *("train", "tiny", "--data", "code", "--depth", "2", "--batch", "8", "--lr", "2e-3"),
         *("--steps", str(steps), "--save-every", str(max(1, steps // 3))),
     )
-    runner.step("measure it", "eval", "tiny", "--data", "code-held-out")
+    runner.step("measure it", "eval", "tiny", "--data", "code-held-out", *_ROWS)
     runner.step("shrink it to 8 bits", "quantize", "tiny", "tiny-int8", "--scheme", "int8", "--data", "code-held-out")
-    runner.step("measure the small one", "eval", "tiny-int8", "--data", "code-held-out")
+    runner.step("measure the small one", "eval", "tiny-int8", "--data", "code-held-out", *_ROWS)
     runner.step("remember a second place", "remote", "add", "backup", "backup")
     runner.step("copy it all there", "push", "backup", "--all")
     runner.step("and back again", "clone", "backup", "clone")
@@ -260,7 +261,8 @@ def _summary(runner: _Runner, text_bytes: int, completion: str) -> None:
     out.line("")
     out.line(
         f"{size(text_bytes)} of text became a served model in {duration(seconds)}. The store holds "
-        f"{size(found.logical)} of files in {size(found.stored)} ({percent(found.stored, found.logical)})."
+        f"{size(found.logical)} of files in {size(found.stored)} ({percent(found.stored, found.logical)}), and "
+        f"{size(found.other)} of earlier checkpoints, which 'llmos gc' gives back in time."
     )
     with contextlib.suppress(ValueError):
         folder = runner.folder.relative_to(Path.cwd())

@@ -48,10 +48,18 @@ def generate(
 
     import secrets
 
-    from llmos_cli.serve.load import check_servable, load_engine
-    from llmos_cli.serve.sampling import Sampling
+    from llmos_cli.serve.servable import check_servable
     from llmos_cli.store.leases import hold
     from llmos_cli.store.resolve import resolve
+
+    with here.open_store() as store:
+        found = resolve(store, ref)
+        with hold(store, "generate", [found.id]):
+            manifest = check_servable(store, found)
+            from llmos_cli.serve.load import load_engine
+
+            engine = load_engine(store, manifest, here.out.progress).engine
+    from llmos_cli.serve.sampling import Sampling
 
     sampling = Sampling(
         max_tokens=max_tokens,
@@ -61,10 +69,6 @@ def generate(
         seed=secrets.randbits(32) if seed is None else seed,
         stop=tuple(stop or ()),
     )
-    with here.open_store() as store:
-        found = resolve(store, ref)
-        with hold(store, "generate", [found.id]):
-            engine = load_engine(store, check_servable(store, found), here.out.progress).engine
     ids = engine.encoder.text(text)
     parts = []
     for piece in engine.generate(ids, sampling):

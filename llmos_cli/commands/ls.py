@@ -8,6 +8,8 @@ from llmos_cli.errors import Damaged
 from llmos_cli.ui.session import session
 from llmos_cli.ui.text import plural, size, when
 
+SHOWN_DAMAGED = 5
+
 
 def ls(
     ctx: typer.Context,
@@ -72,5 +74,8 @@ def ls(
         here.out.say(f"the store {store.root} is empty")
         here.out.hint("llmos add PATH NAME")
     if damaged:
-        message = f"{', '.join(damaged[:5])} is damaged or its manifest is missing ({plural(len(damaged), 'ref')})"
-        raise Damaged(message, hint="llmos fsck says what is wrong")
+        named = ", ".join([*damaged[:SHOWN_DAMAGED], *(["..."] if len(damaged) > SHOWN_DAMAGED else [])])
+        raise Damaged(
+            f"{plural(len(damaged), 'ref')} damaged, or without a manifest: {named}",
+            hint="see what is wrong: llmos fsck",
+        )

@@ -95,7 +95,7 @@ def quantize(
     if dataset and before and after:
         change = 100 * (after.perplexity / before.perplexity - 1)
         out.line(
-            f"  perplexity  {before.perplexity:.4f} -> {after.perplexity:.4f} ({change:+.2f} %) "
+            f"  perplexity  {before.perplexity:.4f} -> {after.perplexity:.4f} ({change:+z.2f} %) "
             f"on {dataset.label}, {count(after.rows)} of {count(after.rows_total)} rows"
         )
     _show_kept(out, result)

@@ -13,6 +13,7 @@ from llmos_cli.ui.text import duration, size
 if TYPE_CHECKING:
     from socket import socket
 
+    from llmos_cli.formats.manifest import Manifest
     from llmos_cli.store.local import Store
     from llmos_cli.store.resolve import Resolved
 
@@ -39,6 +40,7 @@ def serve(
     """
     from contextlib import closing
 
+    from llmos_cli.serve.servable import check_servable
     from llmos_cli.serve.server import bind
     from llmos_cli.store.leases import hold
     from llmos_cli.store.resolve import resolve
@@ -47,19 +49,18 @@ def serve(
     with here.open_store() as store, closing(bind(host, port, insecure=insecure)) as bound:
         found = resolve(store, ref)
         with hold(store, "serve", [found.id]):
-            _serve(here, store, found, bound, host)
+            _serve(here, store, found, check_servable(store, found), bound, host)
 
 
-def _serve(here: Session, store: "Store", found: "Resolved", bound: "socket", host: str) -> None:
+def _serve(here: Session, store: "Store", found: "Resolved", manifest: "Manifest", bound: "socket", host: str) -> None:
     started = time.perf_counter()
     here.out.say(f"loading {found.label} @{found.id.short}")
     from llmos_cli.serve.app import Served, build_app
-    from llmos_cli.serve.load import check_servable, load_engine
+    from llmos_cli.serve.load import load_engine
     from llmos_cli.serve.server import HttpServer, allowed_hosts, url_of
     from llmos_cli.serve.worker import Worker
 
     seconds = {"libraries": time.perf_counter() - started}
-    manifest = check_servable(store, found)
     loaded = load_engine(store, manifest, here.out.progress)
     seconds |= {"tokenizer": loaded.tokenizer_seconds, "model": loaded.model_seconds}
     seconds["first_tokens"] = loaded.engine.warm_up()

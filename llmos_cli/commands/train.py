@@ -36,7 +36,13 @@ def train(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", metavar="FILE", help="Start from a new model of a config.json.", show_default=False),
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Start from a new model of a config.json.",
+            show_default=False,
+            readable=False,
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Optimizer steps.  [default: 1000]")] = None,
     batch: Annotated[int | None, typer.Option("--batch", metavar="N", help="Rows in a step.  [default: 8]")] = None,

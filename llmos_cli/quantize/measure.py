@@ -47,7 +47,7 @@ def measure(
             loaded,
             _batches(rows, size, limit),
             progress=progress,
-            total=scored,
+            total=limit or rows.rows + (rows.tail().size > 1),
             bytes_per_token=_bytes_per_token(data),
         )
     for message in messages:

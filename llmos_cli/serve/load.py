@@ -2,9 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import Final
 
-from llmos_cli.errors import UsageError
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models.device import pick_device
 from llmos_cli.models.load import load_model
@@ -12,10 +10,6 @@ from llmos_cli.models.tokenizers import load_tokenizer
 from llmos_cli.progress import Progress
 from llmos_cli.serve.engine import Engine
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.resolve import Resolved
-
-KINDS: Final = ("model", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -27,17 +21,6 @@ class Loaded:
     device: str
     model_seconds: float
     tokenizer_seconds: float
-
-
-def check_servable(store: Store, found: Resolved) -> Manifest:
-    """The manifest, if it holds something that answers; raises UsageError naming what it is instead."""
-    manifest = read_manifest(store, found.id)
-    if manifest.kind not in KINDS:
-        raise UsageError(
-            f"{found.label} is of kind {manifest.kind}, and only a model or a checkpoint can answer",
-            hint="llmos ls shows what is what",
-        )
-    return manifest
 
 
 def load_engine(store: Store, manifest: Manifest, progress: Progress) -> Loaded:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import uvicorn
 
-from llmos_cli.errors import AccessDenied, Interrupted, LlmosError, Terminated, Unsafe, UsageError
+from llmos_cli.errors import AccessDenied, Busy, Interrupted, LlmosError, Terminated, Unsafe, UsageError
 from llmos_cli.serve.guard import App
 
 DRAIN_SECONDS: Final = 30
@@ -138,7 +138,7 @@ def _remembered_signals(server: uvicorn.Server) -> Iterator[list[int]]:
 
 def _bind_error(exc: OSError, host: str, port: int) -> LlmosError:
     if exc.errno == errno.EADDRINUSE:
-        return LlmosError(
+        return Busy(
             f"port {port} on {host} is taken by another program", hint="use --port 0 for a free one, or another number"
         )
     if exc.errno == errno.EACCES:

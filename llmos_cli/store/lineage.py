@@ -13,7 +13,7 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest, Recipe
 from llmos_cli.store.handle import Store
 from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.refs import RefEntry, list_refs, ref_history
+from llmos_cli.store.refs import RefEntry, ref_history, sound_refs
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def ref_labels(store: Store) -> dict[ObjectId, tuple[str, ...]]:
     """How to name each object that a ref points or pointed to: current refs first, then `name:tag~N`."""
     current: dict[ObjectId, list[str]] = {}
     earlier: dict[ObjectId, list[str]] = {}
-    for entry in list_refs(store):
+    for entry in sound_refs(store):
         current.setdefault(entry.id, []).append(str(entry.ref))
         for back, move in enumerate(_moves(store, entry)):
             if back:

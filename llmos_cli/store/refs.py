@@ -49,6 +49,15 @@ def list_refs(store: Store) -> list[RefEntry]:
     return [entry for entry in entries if entry]
 
 
+def sound_refs(store: Store) -> list[RefEntry]:
+    """The refs that can be read: for names beside an answer, which a damaged ref elsewhere must not take away."""
+    found = []
+    for ref in ref_names(store):
+        with contextlib.suppress(Damaged):
+            found.append(read_ref(store, ref))
+    return [entry for entry in found if entry]
+
+
 def ref_history(store: Store, ref: RefName) -> list[RefEntry]:
     """A ref's moves, newest first; damaged ones are passed over with a warning."""
     entries = []

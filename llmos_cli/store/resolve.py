@@ -8,7 +8,7 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import RefName, parse_target
 from llmos_cli.store.handle import Store
 from llmos_cli.store.packs import sync_index
-from llmos_cli.store.refs import list_refs, read_ref, ref_history
+from llmos_cli.store.refs import read_ref, ref_history, sound_refs
 
 _SHOWN = 5
 
@@ -61,7 +61,7 @@ def _by_prefix(store: Store, prefix: str) -> ObjectId:
 
 
 def _nearest(store: Store, ref: RefName) -> str:
-    known = [entry.ref for entry in list_refs(store)]
+    known = [entry.ref for entry in sound_refs(store)]
     tags = [other for other in known if other.name == ref.name]
     if len(tags) > 1:
         return f"its tags: {', '.join(other.tag for other in tags[:_SHOWN])}"

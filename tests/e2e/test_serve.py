@@ -200,7 +200,7 @@ def test_leaving_a_stream_frees_the_model(client: openai.OpenAI) -> None:
 def test_a_taken_port_is_an_error_before_anything_is_loaded(llmos) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         code, out, err = llmos("serve", "tiny", "--port", str(other.getsockname()[1]))
-    assert (code, out) == (1, "")
+    assert (code, out) == (11, "")
     assert "is taken by another program" in err
     assert "hint: use --port 0" in err
     assert "loading" not in err

@@ -17,7 +17,7 @@ def test_a_taken_port_is_named_with_what_to_do() -> None:
         port = other.getsockname()[1]
         with pytest.raises(LlmosError, match=f"port {port} on 127.0.0.1 is taken") as caught:
             bind("127.0.0.1", port)
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 11
     assert "--port 0" in (caught.value.hint or "")
 
 

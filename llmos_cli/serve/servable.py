@@ -1,0 +1,22 @@
+"""Whether a stored object can answer at all: asked of its manifest, before anything heavy is loaded. No torch."""
+
+from typing import Final
+
+from llmos_cli.errors import UsageError
+from llmos_cli.formats.manifest import Manifest
+from llmos_cli.store.local import Store
+from llmos_cli.store.objects import read_manifest
+from llmos_cli.store.resolve import Resolved
+
+KINDS: Final = ("model", "checkpoint")
+
+
+def check_servable(store: Store, found: Resolved) -> Manifest:
+    """The manifest, if it holds something that answers; raises UsageError naming what it is instead."""
+    manifest = read_manifest(store, found.id)
+    if manifest.kind not in KINDS:
+        raise UsageError(
+            f"{found.label} is of kind {manifest.kind}, and only a model or a checkpoint can answer",
+            hint="llmos ls shows what is what",
+        )
+    return manifest
