@@ -11,7 +11,9 @@ from llmos_cli.ui.text import duration, plural, size
 
 if TYPE_CHECKING:
     from llmos_cli.remote.pull import PulledRef
+    from llmos_cli.ui.session import Session
 
+_HUB = "hf://"
 _DONE = {"new": "new", "moved": "moved", "forced": "moved, forced"}
 
 
@@ -26,6 +28,9 @@ def pull(
     force: Annotated[
         bool, typer.Option("--force", help="Take the remote's value where both sides have changed.")
     ] = False,
+    files: Annotated[
+        list[str] | None, typer.Option("--files", metavar="GLOB", help="From a hub: take these files.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be fetched.")] = False,
 ) -> None:
     """Fetch refs and what they need from a remote.
@@ -33,16 +38,29 @@ def pull(
     Only what the store lacks is fetched, and every byte is checked before it is used. A pull that was stopped goes on
     where it was. With --force, what a ref held before stays in 'llmos log' and as NAME:TAG~1.
 
+    hf://ORG/NAME[@REVISION] is a model of a Hugging Face hub, kept under REF (by default NAME). It is pinned to the
+    commit that the revision is now, and each file is checked against the hub's digest. Taken is what a model needs from
+    the top folder: safetensors, JSON, tokenizers, chat templates, licence; pickles (.bin, .pt), which can run code when
+    they are loaded, only if --files names them. HF_ENDPOINT, HF_TOKEN and 'hf auth login' count.
+
     Examples:
       llmos pull nas tiny
       llmos pull nas web:v2 tiny
       llmos pull /mnt/usb/models --all --dry-run
+      llmos pull hf://Qwen/Qwen3-0.6B qwen
+      llmos pull hf://ORG/NAME-GGUF@v1.0 --files '*Q4_K_M.gguf'
     """
     from llmos_cli.formats.names import parse_ref
     from llmos_cli.remote.open import find_remote
     from llmos_cli.remote.pull import execute_pull, plan_pull
 
     here = session(ctx)
+    if remote.startswith(_HUB):
+        if everything or len(refs or []) > 1:
+            raise UsageError("a model from a hub has one name here", hint=f"llmos pull {remote} NAME")
+        return _pull_from_hub(here, remote, refs[0] if refs else None, files or [], force=force, dry_run=dry_run)
+    if files:
+        raise UsageError("--files is for models from a hub", hint="llmos pull --help")
     if bool(refs) == everything:
         raise UsageError("name the refs to pull, or use --all", hint=f"llmos pull {remote} --all")
     wanted = [parse_ref(text) for text in refs or []]
@@ -87,6 +105,58 @@ def pull(
         verb = "to fetch" if dry_run else "received"
         took = "" if dry_run else f", {duration(seconds)}"
         here.out.say(f"{size(received)} {verb}{took}")
+
+
+def _pull_from_hub(
+    here: "Session", text: str, name: str | None, patterns: list[str], *, force: bool, dry_run: bool
+) -> None:
+    from llmos_cli.formats.names import parse_ref
+    from llmos_cli.remote.hub import execute_hub_pull, open_hub, parse_hub_address, plan_hub_pull
+
+    address = parse_hub_address(text)
+    ref = parse_ref(name) if name else address.ref
+    start = time.monotonic()
+    with here.open_store() as store:
+        web = open_hub()
+        plan = plan_hub_pull(store, web, address, ref, patterns, force=force)
+        done = None if dry_run else execute_hub_pull(store, web, plan, here.out.progress)
+    seconds = time.monotonic() - start
+    unchanged = done.commit is None or done.commit.unchanged if done else plan.unchanged
+    status = "unchanged" if unchanged else "moved" if plan.current else "new"
+    described = {
+        "ref": str(ref),
+        "id": str(done.id) if done else None,
+        "previous": str(plan.current) if plan.current else None,
+        "status": status,
+    }
+    here.out.result(
+        {
+            "remote": None,
+            "url": str(address),
+            "revision": plan.commit,
+            "refs": [described],
+            "id": described["id"],
+            "ref": str(ref),
+            "received": plan.total_bytes,
+            "files": sorted([*(item.path for item in plan.fetch), *plan.kept]),
+            "left_out": list(plan.left_out),
+            "dry_run": dry_run,
+            "seconds": round(seconds, 3),
+        }
+    )
+    if unchanged:
+        here.out.line(f"up to date with {address}: {ref}, commit {plan.commit[:12]}")
+        return
+    count = plural(len(plan.fetch) + len(plan.kept), "file")
+    if done is None:
+        here.out.line(f"would pull {ref} from {address}, commit {plan.commit[:12]}: {count}")
+        for item in plan.fetch:
+            here.out.line(f"  {size(item.size):>8}  {item.path}")
+    else:
+        here.out.line(f"pulled {ref} @{done.id.short} from {address}, commit {plan.commit[:12]}: {count} ({status})")
+    kept = f", {plural(len(plan.kept), 'file')} here already" if plan.kept else ""
+    left = f", {plural(len(plan.left_out), 'file')} left out" if plan.left_out else ""
+    here.out.say(f"{size(plan.total_bytes)} {'to fetch' if dry_run else 'received'}{kept}{left}, {duration(seconds)}")
 
 
 def _describe(item: "PulledRef") -> dict[str, Any]:

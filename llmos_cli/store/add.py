@@ -2,14 +2,14 @@
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmos_cli.errors import Damaged, Unsafe, UsageError, from_os_error
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import ObjectId
-from llmos_cli.formats.manifest import Manifest
+from llmos_cli.formats.manifest import FileEntry, Manifest, Recipe
 from llmos_cli.formats.names import RefName, check_paths
 from llmos_cli.formats.safetensors import read_shard_index
 from llmos_cli.formats.tensors import find_tensors
@@ -58,7 +58,8 @@ def plan_add(paths: Sequence[Path]) -> AddPlan:
         if not os.access(path, os.R_OK):
             raise from_os_error(PermissionError(13, "Permission denied"), f"reading {path}")
     total = sum(path.stat().st_size for _, path in files)
-    kind = _kind(dict(files))
+    named = dict(files)
+    kind = kind_of(named.keys(), lambda name: named[name].read_bytes())
     return AddPlan(kind, tuple(files), total, tuple(skipped))
 
 
@@ -71,19 +72,24 @@ def execute_add(
     base: ObjectId | None = None,
     rehash: bool = False,
     adopt: bool = False,
+    kept: Sequence[FileEntry] = (),
+    recipe: Callable[[Sequence[FileEntry]], Recipe] | None = None,
+    message: str = "",
 ) -> Commit:
     """Store the planned files as one manifest under `ref`; with `adopt`, without a second copy where that can be.
 
-    Tensors rest on the manifest `base`, or on whichever stored model they are found to resemble. Raises UsageError if
+    Tensors rest on the manifest `base`, or on whichever stored model they are found to resemble. `kept` are files that
+    belong to it and are in the store already; `recipe` says, of all files, how they were made. Raises UsageError if
     `base` has no tensors.
     """
     for path, reason in plan.skipped:
         progress.warn(f"skipped {path}: {reason}")
     with begin(store, purpose="adding", ref=ref, progress=progress, total=plan.total_bytes) as tx:
         tx.base = _explicit_base(store, base) if base else _find_base(tx, plan)
-        entries = tuple(tx.add_path(name, path, rehash=rehash, adopt=adopt) for name, path in plan.files)
+        entries = tuple(tx.add_path(name, path, rehash=rehash, adopt=adopt) for name, path in plan.files) + tuple(kept)
         count = f"{len(entries)} files" if len(entries) > 1 else entries[0].path
-        return tx.commit(Manifest(plan.kind, entries), message=f"add {count}")
+        manifest = Manifest(plan.kind, entries, recipe=recipe(entries) if recipe else None)
+        return tx.commit(manifest, message=message or f"add {count}")
 
 
 def _explicit_base(store: Store, oid: ObjectId) -> Base:
@@ -140,14 +146,16 @@ def _is_cached_blob(path: Path) -> bool:
     return target.is_file() and target.parent.name == "blobs"
 
 
-def _kind(files: dict[str, Path]) -> str:
-    """A Hugging Face model folder is a model; a tokenizer by itself a tokenizer; anything else files."""
-    if "config.json" in files and any(name.endswith(".safetensors") for name in files):
+def kind_of(names: Set[str], read: Callable[[str], bytes]) -> str:
+    """A Hugging Face model folder is a model; a tokenizer by itself a tokenizer; anything else files.
+
+    Raises Damaged if the list of a model's shards names one that is not there.
+    """
+    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         index = "model.safetensors.index.json"
-        if index in files:
-            named = set(read_shard_index(files[index].read_bytes(), str(files[index])).values())
-            missing = sorted(named - files.keys())
+        if index in names:
+            missing = sorted(set(read_shard_index(read(index), index).values()) - names)
             if missing:
-                raise Damaged(f"{files[index]} names {missing[0]!r}, which is not in the folder")
+                raise Damaged(f"{index} names {missing[0]!r}, which is not in the folder")
         return "model"
-    return "tokenizer" if "tokenizer.json" in files else "files"
+    return "tokenizer" if "tokenizer.json" in names else "files"

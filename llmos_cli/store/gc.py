@@ -34,6 +34,7 @@ from llmos_cli.store.packs import (
     restore_pack,
     sync_index,
 )
+from llmos_cli.store.partials import old_partials
 from llmos_cli.store.reach import Root, find_roots, reachable
 from llmos_cli.store.weights import Weight, staying, weigh
 
@@ -343,6 +344,7 @@ def _leftovers(store: Store, when: Moment) -> list[tuple[Path, int]]:
                 age = when.now - written
                 if age >= _BUSY_SECONDS and written < when.oldest_write and (not when.writers or age >= _DAY_SECONDS):
                     found[path] = status.st_size
+    found.update(old_partials(store, when.now))
     keep = max(when.grace, store.config.gc.keep_days * _DAY_SECONDS)
     for path in store.trash.glob("ref-*"):
         with contextlib.suppress(FileNotFoundError):
