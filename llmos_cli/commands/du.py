@@ -68,7 +68,8 @@ def du(
     elif shown:
         _table(here.out, shown)
         here.out.line()
-    _sums(here.out, found)
+    if not wanted:
+        _sums(here.out, found)
     for item in shown:
         if item.missing:
             lacking = plural(item.missing, "object")
@@ -100,15 +101,7 @@ def _table(out: Output, shown: "Sequence[RefUsage]") -> None:
 
 def _detail(out: Output, item: "RefUsage") -> None:
     facts = [("files", size(item.logical)), ("stored", size(item.stored)), ("own", size(item.own))]
-    facts += [
-        (f"saved by {name}", size(saved))
-        for name, saved in (
-            ("dedup", item.saved.dedup),
-            ("planes and zstd", item.saved.compression),
-            ("deltas", item.saved.delta),
-        )
-        if saved
-    ]
+    facts += [(f"saved by {name}", size(part)) for name, part in _causes(item.saved)]
     if item.sharers:
         names = [str(ref) for ref in item.shared_with[:SHOWN_SHARERS]]
         more = item.sharers - len(names)
@@ -120,21 +113,10 @@ def _detail(out: Output, item: "RefUsage") -> None:
 
 def _sums(out: Output, found: "Usage") -> None:
     if found.logical:
-        saved = found.saved
-        causes = [
-            f"{size(part)} by {name}"
-            for name, part in (
-                ("dedup", saved.dedup),
-                ("planes and zstd", saved.compression),
-                ("deltas", saved.delta),
-            )
-            if part > 0
-        ]
         share = f" ({percent(found.stored, found.logical)})" if found.stored < found.logical else ""
-        out.line(
-            f"{size(found.logical)} of files in {size(found.stored)}{share}"
-            + (f"; saved {', '.join(causes)}" if causes else "")
-        )
+        out.line(f"{size(found.logical)} of files in {size(found.stored)}{share}")
+        if causes := [f"{size(part)} by {name}" for name, part in _causes(found.saved)]:
+            out.line(f"saved {', '.join(causes)}")
     if found.adopted:
         out.line(f"{size(found.adopted)} of the store is adopted files, which may share their bytes with others")
     if found.other:
@@ -143,6 +125,12 @@ def _sums(out: Output, found: "Usage") -> None:
         out.line(f"{size(found.trash)} more in the trash")
     if found.other or found.trash:
         out.hint("llmos gc --dry-run says what can go")
+
+
+def _causes(saved: "Saved") -> list[tuple[str, int]]:
+    """What saved something, and how much; what headers cost is left to JSON."""
+    causes = [("dedup", saved.dedup), ("planes and zstd", saved.compression), ("deltas", saved.delta)]
+    return [(name, part) for name, part in causes if part > 0]
 
 
 def _cause(item: "RefUsage") -> str:

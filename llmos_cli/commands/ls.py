@@ -67,7 +67,7 @@ def ls(
             rows.append([str(ref), kind or "damaged", entry.id.short, shown, when(entry.time)])
     here.out.result({"store": str(store.root), "refs": listed})
     if rows:
-        here.out.table(["ref", "kind", "id", "size", "changed"], rows, right={3}, spare={4})
+        here.out.table(["ref", "kind", "id", "size", "changed"], rows, right={3}, spare={1, 4})
     elif pattern:
         here.out.say(f"no ref matches {pattern!r}")
     else:

@@ -95,7 +95,7 @@ def show(
         ("size", f"{size(manifest.size)} in {plural(len(manifest.files), 'file')}"),
     ]
     if counts:
-        dtypes = ", ".join(f"{dtype} {plural(number, 'tensor')}" for dtype, number in counts["dtypes"].items())
+        dtypes = ", ".join(plural(number, f"{dtype} tensor") for dtype, number in counts["dtypes"].items())
         facts.append(("tensors", f"{count(counts['parameters'])} values in {dtypes}"))
     others = [label for label in labels.get(source.id, ()) if label != source.label]
     if others:

@@ -103,7 +103,7 @@ def test_a_model_folder_is_a_model_and_shows_its_tensors(llmos: Llmos, store: Pa
     shown = llmos("show", "base", "--json").json
     assert shown["tensors"] == {"count": 2, "parameters": 10, "dtypes": {"BF16": 1, "F32": 1}}
     page = llmos("show", "base").out
-    assert "10 values in BF16 1 tensor, F32 1 tensor" in page
+    assert "10 values in 1 BF16 tensor, 1 F32 tensor" in page
     assert "model.safetensors" in page
 
 

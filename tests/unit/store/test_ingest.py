@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import pickle
 import random
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from llmos_cli.formats import limits
 from llmos_cli.formats.manifest import FileEntry, Manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.store import ingest
+from llmos_cli.store.census import take_census
 from llmos_cli.store.local import Store
 from llmos_cli.store.objects import read_file, read_manifest
 from llmos_cli.store.packs import list_packs
@@ -163,6 +165,41 @@ def test_a_broken_file_of_a_lenient_format_is_stored_like_any_other(store: Store
         (tmp_path / name).write_bytes(broken)
         entry, _ = add(store, tmp_path / name)
         assert read_file(store, entry) == broken
+
+
+class Bomb:
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._marker,)
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.pth", "m.bin", "m.ckpt", "m.pkl", ".metadata", "m.npy", "m.safetensors"])
+def test_a_pickle_that_would_run_a_program_is_stored_and_never_run(store: Store, tmp_path: Path, name: str) -> None:
+    """As torch writes it (a zip archive), as it did once, and by itself."""
+    import torch
+
+    marker, zipped, legacy = tmp_path / "payload-was-run", io.BytesIO(), io.BytesIO()
+    state = {"weight": torch.zeros(3000), "evil": Bomb(marker)}
+    torch.save(state, zipped)
+    torch.save(state, legacy, _use_new_zipfile_serialization=False)
+    path = tmp_path / name
+    for data in (zipped.getvalue(), legacy.getvalue(), pickle.dumps(Bomb(marker))):
+        path.write_bytes(data)
+        if name == "m.safetensors":
+            with pytest.raises(Damaged, match=r"m\.safetensors"):
+                add(store, path)
+        else:
+            entry, _ = add(store, path)
+            census = take_census(store, Manifest("files", (entry,)))
+            assert read_file(store, entry) == data
+            assert bool(census.tensors) == (
+                data == zipped.getvalue() and name.endswith((".pt", ".pth", ".bin", ".ckpt"))
+            )
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Bomb(marker)))
+    assert marker.exists(), "the bomb is a dud"
 
 
 def test_a_bad_gguf_file_is_refused_and_nothing_is_visible(store: Store, tmp_path: Path) -> None:
