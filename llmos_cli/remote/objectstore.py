@@ -37,7 +37,8 @@ _MARKER_TEXT: Final = b"values here are created by way of lock objects\n"
 @dataclass(frozen=True)
 class Patience:
     """Seconds: `budget` for a request with all its repetitions, `first` the same until the store has answered once,
-    `stall` without a byte, `part` to send one part and have it acknowledged."""
+    `stall` without a byte (ten times that for a whole answer, however it drips), `part` to send one part and have it
+    acknowledged."""
 
     budget: float = 90.0
     first: float = 6.0
@@ -257,7 +258,7 @@ class ObjectStoreTransport(SlowToAsk):
             "allow_http": self._plain_http,
             "connect_timeout": timedelta(seconds=min(10.0, patience.stall)),
             "read_timeout": timedelta(seconds=patience.part if role == "write" else patience.stall),
-            "timeout": timedelta(seconds=max(300.0, patience.part)),
+            "timeout": timedelta(seconds=max(10 * patience.stall, patience.part)),
         }
         retry = {
             "max_retries": 0 if role == "once" else 12,
