@@ -57,7 +57,7 @@ def explain(store: Store, text: str, *, now: float | None = None) -> Why:
     """Why a ref's value, @PREFIX, an id or its prefix, or a pack is kept. Raises NotFound, UsageError if ambiguous."""
     sync_index(store)
     when = moment(store, None, now)
-    roots = roots_now(store, when.now)
+    roots = list(dict.fromkeys(roots_now(store, when.now)))
     oid = _find(store, text)
     pack = _pack_path(store, oid)
     if pack:
