@@ -50,8 +50,8 @@ Fence = Callable[[Transport], None]
 Nodes = Mapping[str, Transport]
 
 _TRIES: Final = 40
-_PAUSE_SECONDS: Final = 0.02  # before the first new try, at most; then twice as much each time, up to
-_LONGEST_PAUSE_SECONDS: Final = 1.0
+_PAUSE_SECONDS: Final = 0.02  # before the first new try, at least; then up to twice as much each time, up to
+_LONGEST_PAUSE_SECONDS: Final = 5.0
 _CHECK_BYTES: Final = 17
 
 
@@ -90,11 +90,16 @@ def decide(
     """
     number = 0
     for attempt in range(_TRIES):
+        start = time.monotonic()
         try:
             return _run(nodes, quorum, key, Ballot(number + 1, uuid.uuid4().hex), value, fence, stall)
         except _Overtaken as exc:
             number = exc.number
-        time.sleep(random.uniform(0, min(_LONGEST_PAUSE_SECONDS, _PAUSE_SECONDS * 2**attempt)))
+        took = max(_PAUSE_SECONDS, time.monotonic() - start)  # give whoever is ahead the time to finish
+        time.sleep(random.uniform(took, min(_LONGEST_PAUSE_SECONDS, took * 2 ** (attempt + 1))))
+        known = _learned(nodes, key, stall)
+        if known is not None:
+            return known
     raise Busy(f"{key} is being moved by others all the time", hint="run the command again")
 
 
@@ -119,12 +124,19 @@ def forget_votes(nodes: Nodes, key: str, *, stall: float = STALL_SECONDS) -> Non
 
 
 def pending(nodes: Nodes, *, stall: float = STALL_SECONDS) -> set[str]:
-    """The keys that there are votes on: those that somebody is moving, or has left half moved."""
+    """The keys that a value has been proposed for: somebody is moving them, or has left them half moved. Empty votes
+    alone bind nobody, and go with the next move."""
     found: set[str] = set()
     for answer in ask_all(nodes, lambda node: [key for key, _ in node.list(f"{VOTES}/")], stall=stall).values():
         if not isinstance(answer, LlmosError):
-            found.update(key for vote in answer if (key := _voted_on(vote)))
+            found.update(key for vote in answer if vote.endswith(".2") and (key := _voted_on(vote)))
     return found
+
+
+def _learned(nodes: Nodes, key: str, stall: float) -> bytes | None:
+    """The value of a key, if some node has learned it."""
+    answers = ask_all(nodes, lambda node: node.read(key) if node.size(key) is not None else None, stall=stall)
+    return next((answer for answer in answers.values() if isinstance(answer, bytes)), None)
 
 
 def _run(

@@ -6,62 +6,70 @@ should be asked. What has no checksum passes.
 
 import struct
 import threading
-from typing import Final
+from typing import Final, TypeVar
 
 from llmos_cli.errors import Damaged, LlmosError, UnknownVersion
-from llmos_cli.formats.frame import HEADER_BYTES, MAGIC, check_payload, decode_header
+from llmos_cli.formats.frame import HEADER_BYTES, check_payload, decode_header
 from llmos_cli.formats.ids import checksum, object_id
 from llmos_cli.formats.layout import PACK_SUFFIX, PACKS, REFS, SNAPSHOTS
 from llmos_cli.formats.names import RefName
-from llmos_cli.formats.pack import ALIGNMENT, ENTRY_SIZE, HEADER_SIZE, TRAILER_SIZE, aligned, pack_header
+from llmos_cli.formats.pack import ALIGNMENT, END_MAGIC, ENTRY_SIZE, HEADER_SIZE, TRAILER_SIZE, aligned, pack_header
 from llmos_cli.formats.reflog import decode_entry, parse_entry_name
 
-_MOST_REMEMBERED: Final = 4096
+Value = TypeVar("Value")
+
+_MOST_REMEMBERED: Final = 65_536
+_TRAILER = struct.Struct("<QI4xQ24xQ")  # offset and entries of the index, its checksum, the trailer's own
 
 
 class Intact:
-    """Remembers of the trailers it has seen what the index before them must be."""
+    """Remembers what packs must be like: their sizes, and where their indexes are, with which checksum. Packs of one
+    name have the same bytes, so what one node has shown holds for the others."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._indexes: dict[tuple[str, str], tuple[int, int, int]] = {}
+        self._sizes: dict[str, int] = {}
+        self._indexes: dict[str, tuple[int, int]] = {}
 
-    def problem(self, node: str, key: str, data: bytes, start: int, end: int | None) -> str | None:
+    def expect(self, key: str, size: int) -> None:
+        """A pack of this size has been listed."""
+        self._remember(self._sizes, key, size)
+
+    def problem(self, key: str, data: bytes, start: int, end: int | None) -> str | None:
         """What is wrong with a range of a key, None if nothing is known to be."""
-        if end is not None and len(data) < end - start and key.startswith(f"{PACKS}/") and key.endswith(PACK_SUFFIX):
+        if key.startswith(f"{SNAPSHOTS}/"):
+            whole = start == 0 and end is None
+            return "is damaged" if whole and str(object_id(data)) not in key else None
+        if not (key.startswith(f"{PACKS}/") and key.endswith(PACK_SUFFIX)):
+            return "is a damaged move" if start == 0 and is_move(key, data) is False else None
+        if end is not None and len(data) < end - start:
             return "is cut short"
-        if is_move(key, data) is False and start == 0:
-            return "is a damaged move"
-        if key.startswith(f"{SNAPSHOTS}/") and start == 0 and end is None and str(object_id(data)) not in key:
-            return "is damaged"
-        if key.startswith(f"{PACKS}/") and key.endswith(PACK_SUFFIX):
-            return self._in_pack(node, key, data, start)
-        return None
-
-    def _in_pack(self, node: str, key: str, data: bytes, start: int) -> str | None:
-        if start == 0:
-            return None if data[:HEADER_SIZE] == pack_header()[: len(data)] else "does not start as a pack"
+        if start == 0 and data[:HEADER_SIZE] != pack_header()[: len(data)]:
+            return "does not start as a pack"
         with self._lock:
-            index = self._indexes.get((node, key))
+            size, index = self._sizes.get(key), self._indexes.get(key)
+        if len(data) >= TRAILER_SIZE and (start + len(data) == size or data.endswith(END_MAGIC)):
+            return self._in_end(key, data, start)
         if index and start == index[0]:
-            return None if checksum(data) == index[2] else "has a damaged index"
-        if index and start == index[1] and len(data) == TRAILER_SIZE:
-            return self._trailer(node, key, data, start)
-        if len(data) == TRAILER_SIZE and data[:4] != MAGIC:
-            return self._trailer(node, key, data, start)
-        return _frames(data) if start % ALIGNMENT == 0 else None
+            return None if checksum(data) == index[1] else "has a damaged index"
+        return _in_frames(data) if start % ALIGNMENT == 0 and start else None
 
-    def _trailer(self, node: str, key: str, data: bytes, start: int) -> str | None:
-        offset, count = struct.unpack_from("<QI", data)
-        (index_check,) = struct.unpack_from("<Q", data, 16)
-        (check,) = struct.unpack_from("<Q", data, 48)
-        if check != checksum(data[:48]) or offset + count * ENTRY_SIZE != start:
+    def _in_end(self, key: str, data: bytes, start: int) -> str | None:
+        """A range that reaches to the last byte."""
+        offset, count, index_check, check = _TRAILER.unpack_from(data, len(data) - TRAILER_SIZE)
+        size = offset + count * ENTRY_SIZE + TRAILER_SIZE
+        if check != checksum(data[-TRAILER_SIZE:][: TRAILER_SIZE - 16]) or start + len(data) != size:
             return "has a damaged trailer"
+        self._remember(self._indexes, key, (offset, index_check))
+        if start <= offset and checksum(data[offset - start : -TRAILER_SIZE]) != index_check:
+            return "has a damaged index"
+        return _in_frames(data[HEADER_SIZE:offset]) if start == 0 else None
+
+    def _remember(self, table: dict[str, Value], key: str, value: Value) -> None:
         with self._lock:
-            if len(self._indexes) >= _MOST_REMEMBERED:
-                self._indexes.clear()
-            self._indexes[(node, key)] = (offset, start, index_check)
-        return None
+            if len(table) >= _MOST_REMEMBERED:
+                table.clear()
+            table[key] = value
 
 
 def is_move(key: str, data: bytes) -> bool | None:
@@ -79,7 +87,7 @@ def is_move(key: str, data: bytes) -> bool | None:
     return True
 
 
-def _frames(data: bytes) -> str | None:
+def _in_frames(data: bytes) -> str | None:
     """What is wrong with a run of frames."""
     view, at = memoryview(data), 0
     while at < len(view):

@@ -29,7 +29,7 @@ from llmos_cli.remote.ballot import decide, forget_votes, learn
 from llmos_cli.remote.fanout import STALL_SECONDS, Call, ask_all, ask_one
 from llmos_cli.remote.intact import Intact, is_move
 from llmos_cli.remote.placement import ranked
-from llmos_cli.remote.transport import Transport, check_key, check_prefix
+from llmos_cli.remote.transport import SlowToAsk, Transport, check_key, check_prefix
 
 POOL_SCHEME: Final = "pool:"
 _OWN: Final = "pool/"
@@ -58,7 +58,7 @@ class Node:
         return self.transport.url if self.transport else self.member.url
 
 
-class PoolTransport:
+class PoolTransport(SlowToAsk):
     """A pool as one transport. `degraded`: a pack may have fewer copies than `replicas` (see `shortfall`)."""
 
     def __init__(
@@ -124,7 +124,7 @@ class PoolTransport:
         missing, bearable = len(self.nodes) - len(answers), self._bearable(prefix)
         if missing > bearable:
             raise self._too_few(f"{len(self.nodes) - bearable} nodes must answer to know all there is", len(answers))
-        return ((key, self.true_size(key, found)) for key, found in sizes.items())
+        return self._listed(sizes)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         check_key(key)
@@ -138,7 +138,7 @@ class PoolTransport:
             except LlmosError as exc:
                 problem = self._note(name, exc)
                 continue
-            why = self._intact.problem(name, key, data, start, end)
+            why = self._intact.problem(key, data, start, end)
             if why is None:
                 return data
             self.warn(f"{key} at {node.url} {why}; another node is asked")
@@ -252,6 +252,13 @@ class PoolTransport:
             value = decide(self.live, self.members.majority, key, None, self._fence, stall=self.stall)
         if value is not None:
             self.spread(key, value)
+
+    def _listed(self, sizes: Mapping[str, set[int]]) -> Iterator[tuple[str, int]]:
+        for key, found in sizes.items():
+            size = self.true_size(key, found)
+            if key.startswith(f"{PACKS}/"):
+                self._intact.expect(key, size)
+            yield key, size
 
     def rank(self, pack: ObjectId) -> Sequence[str]:
         return ranked(pack, [node.id for node in self.members.nodes])

@@ -17,6 +17,7 @@ from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT
 from llmos_cli.progress import Silent
 from llmos_cli.remote.address import ObjectAddress, parse_address
 from llmos_cli.remote.folder import FolderTransport
+from llmos_cli.remote.members import create_pool
 from llmos_cli.remote.objectstore import ObjectStoreTransport
 from llmos_cli.remote.transport import Transport
 
@@ -49,6 +50,30 @@ def folder_place(tmp_path: Path) -> Place:
         path.with_name(".tmp-0123456789abcdef").write_bytes(data)
 
     return Place(FolderTransport(root), put, get, leave_unfinished)
+
+
+def pool_place(tmp_path: Path) -> Place:
+    """Four folders with two copies; who looks into it looks where the pool looks first."""
+    parts = [folder_place(tmp_path / f"node{number}") for number in range(4)]
+    for number in range(4):
+        (tmp_path / f"node{number}").mkdir()
+    opened = {part.transport.url: part.transport for part in parts}
+    pool = create_pool(list(opened), 2, opened.__getitem__, lambda message: None)
+
+    def put(key: str, data: bytes) -> None:
+        for part in parts:
+            part.put(key, data)
+
+    def get(key: str) -> bytes | None:
+        order = [node.url for _, node in pool._order(key)]
+        found = [part.get(key) for part in sorted(parts, key=lambda part: order.index(part.transport.url))]
+        return next((data for data in found if data is not None), None)
+
+    def leave_unfinished(key: str, data: bytes) -> None:
+        for part in parts:
+            part.leave_unfinished(key, data)
+
+    return Place(pool, put, get, leave_unfinished)
 
 
 def s3_place(server: S3Server) -> Place:
@@ -108,6 +133,7 @@ def make_container(endpoint: str, name: str) -> None:
 @pytest.fixture(
     params=[
         "folder",
+        "pool",
         "moto",
         pytest.param("rgw", marks=pytest.mark.ceph),
         pytest.param("azurite", marks=pytest.mark.azurite),
@@ -116,6 +142,8 @@ def make_container(endpoint: str, name: str) -> None:
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     if request.param == "folder":
         made = folder_place(tmp_path)
+    elif request.param == "pool":
+        made = pool_place(tmp_path)
     elif request.param == "azurite":
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", AZURITE_ACCOUNT)
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", AZURITE_KEY)
