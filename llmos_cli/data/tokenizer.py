@@ -5,7 +5,8 @@ same bytes on any machine. What is taken is kept byte for byte. Needs the `token
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +30,7 @@ MAX_VOCAB: Final = 1_000_000
 _SAMPLE_PER_TOKEN: Final = 4 * KiB  # more text hardly changes the merges, but takes its time
 _SAMPLE_BYTES: Final = 64 * MiB
 _UNCUT_CHARS: Final = 4 * MiB
+_BEAT_SECONDS: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, progress: Progress) -> dict
     )
     with progress.task("training the tokenizer", total=corpus.size) as task:
         limit = min(_SAMPLE_BYTES, vocab_size * _SAMPLE_PER_TOKEN)
-        tokenizer.train_from_iterator(_sample(corpus, limit, task), trainer)
+        _wait_for(
+            lambda: tokenizer.train_from_iterator(_sample(corpus, limit, task), trainer), beat=lambda: task.advance(0)
+        )
     config: canonical.Json = {
         "add_prefix_space": False,
         "bos_token": END_OF_TEXT,
@@ -143,6 +147,26 @@ def _end_of_text(files: Mapping[str, bytes], what: str) -> str:
         f"the tokenizer of {what} does not say which token ends a text",
         hint=f'add "eos_token" to its {CONFIG_FILE}',
     )
+
+
+def _wait_for(work: Callable[[], None], beat: Callable[[], None]) -> None:
+    """Run `work` in a thread and wait for it, with a `beat` ten times a second: native code that computes for minutes
+    sees no Ctrl-C, this does. Then the thread is left behind; it only reads."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as exc:  # noqa: BLE001 - it is raised again where the work is waited for
+            failed.append(exc)
+
+    thread = threading.Thread(target=run, name="llmos-tokenizer", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_BEAT_SECONDS)
+        beat()
+    if failed:
+        raise failed[0]
 
 
 def _sample(corpus: Corpus, limit: int, task: Task) -> Iterator[str]:

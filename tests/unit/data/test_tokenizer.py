@@ -1,5 +1,8 @@
 import json
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 from llmos_cli.data.corpus import CUT_BEFORE, PIECE_CHARS, Corpus, plan_corpus
 from llmos_cli.data.inputs import find_inputs
 from llmos_cli.data.tokenizer import END_OF_TEXT, Encoding, make_encoding, read_folder, train_tokenizer
-from llmos_cli.errors import Damaged, NotFound, UsageError
+from llmos_cli.errors import Damaged, LlmosError, NotFound, UsageError
 from llmos_cli.progress import Silent
 
 TINY = {
@@ -70,6 +73,32 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def test_training_twice_gives_the_same_bytes(folder: Path) -> None:
     assert train_tokenizer(plan(folder), 300, Silent()) == train_tokenizer(plan(folder), 300, Silent())
+
+
+def test_ctrl_c_is_answered_while_native_code_computes(folder: Path) -> None:
+    main = threading.current_thread()
+
+    class PressesCtrlC(Silent):
+        def task(self, label: str, *, total: int | None = None, unit: str = "B") -> AbstractContextManager[Any]:
+            return nullcontext(self)
+
+        def advance(self, amount: int = 1) -> None:
+            if threading.current_thread() is main:
+                raise KeyboardInterrupt
+
+        def note(self, text: str) -> None:
+            pass
+
+    corpus = plan(folder)
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(corpus, 300, PressesCtrlC())
+
+
+def test_a_file_that_changes_under_the_training_is_named(folder: Path) -> None:
+    corpus = plan(folder)
+    (folder / "a.txt").write_text("other words")
+    with pytest.raises(LlmosError, match=r"a\.txt"):
+        train_tokenizer(corpus, 300, Silent())
 
 
 @given(text=st.text())
