@@ -56,6 +56,7 @@ _STORED = (  # as Entry.stored_size, with the bytes in an adopted file
 _ROW = "o.id, o.base, o.offset, o.payload, o.plain, o.kind, o.codec, o.depth"
 _COMPLETE: Final = 0x6C6C6D6F  # application_id of an index that has been filled once
 _WAL_TRIES: Final = 1000
+_CACHE_KIB: Final = 32 * 1024  # of pages, taken only as they are used: ids are spread all over the file
 _MEMORY: Final = ":memory:"
 _NO_FILE: Final = {
     sqlite3.SQLITE_FULL,
@@ -171,21 +172,29 @@ class Index:
         with self._cursor() as cursor:
             return {_id(name): size for name, size in cursor.execute("SELECT name, size FROM packs")}
 
-    @_healing
     def add_pack(self, name: ObjectId, size: int, entries: Sequence[Entry]) -> None:
         """Note a pack, in place of whatever was noted of it before."""
+        self.add_packs([(name, size, entries)])
+
+    @_healing
+    def add_packs(self, packs: Iterable[tuple[ObjectId, int, Sequence[Entry]]]) -> None:
+        """Note packs, all or none; in the order of ids, so that many touch each page of the database once."""
+        rows: list[tuple[Entry, int]] = []
         with self._cursor(write=True) as cursor:
-            cursor.execute("INSERT OR IGNORE INTO packs (name, size) VALUES (?, ?)", (name, size))
-            row = cursor.execute("SELECT number FROM packs WHERE name = ?", (name,)).fetchone()
-            if row is None:
-                raise _Unusable("a pack cannot be noted", keep=False)
-            (number,) = row
-            cursor.execute("DELETE FROM objects WHERE pack = ?", (number,))
+            for name, size, entries in packs:
+                is_new = cursor.execute("INSERT OR IGNORE INTO packs (name, size) VALUES (?, ?)", (name, size)).rowcount
+                row = cursor.execute("SELECT number FROM packs WHERE name = ?", (name,)).fetchone()
+                if row is None:
+                    raise _Unusable("a pack cannot be noted", keep=False)
+                if not is_new:
+                    cursor.execute("DELETE FROM objects WHERE pack = ?", row)
+                rows += [(entry, row[0]) for entry in entries]
+            rows.sort()
             cursor.executemany(
                 "INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    (e.id, number, e.base, e.offset, e.payload_size, e.plain_size, e.kind, e.codec, e.depth)
-                    for e in entries
+                    (e.id, pack, e.base, e.offset, e.payload_size, e.plain_size, e.kind, e.codec, e.depth)
+                    for e, pack in rows
                 ),
             )
 
@@ -279,9 +288,9 @@ class Index:
     @_healing
     def over_copies(self, work: "Callable[[dict[int, ObjectId], Iterable[Copy], Iterable[Double]], T]") -> T:
         """Give `work` the names of the packs by number, every copy of every object, and once more those of objects that
-        have several, one object after the other; returns what it does. It is done again if the index turns out to be
-        broken."""
-        with self._cursor() as cursor:
+        have several, one object after the other; returns what it does. Others may write meanwhile: all three are as of
+        one moment. It is done again if the index turns out to be broken."""
+        with self._cursor(snapshot=True) as cursor:
             if cursor.execute(f"SELECT 1 FROM objects WHERE {_MALFORMED} LIMIT 1").fetchone():
                 raise _Unusable("a row has a value outside the declared limits", keep=False)
             names = {number: _id(name) for number, name in cursor.execute("SELECT number, name FROM packs")}
@@ -368,6 +377,7 @@ class Index:
         try:
             _use_wal(connection)
             connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version == 0:
                 connection.execute("BEGIN IMMEDIATE")
@@ -417,12 +427,12 @@ class Index:
                 self._connection = self._connect()
 
     @contextlib.contextmanager
-    def _cursor(self, *, write: bool = False) -> Iterator[sqlite3.Cursor]:
+    def _cursor(self, *, write: bool = False, snapshot: bool = False) -> Iterator[sqlite3.Cursor]:
         try:
-            if not write:
+            if not (write or snapshot):
                 yield self._connection.cursor()
                 return
-            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             try:
                 yield self._connection.cursor()
                 self._connection.execute("COMMIT")

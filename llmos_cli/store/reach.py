@@ -85,8 +85,15 @@ def chunks_of(store: Store, root: Root) -> Sequence[bytes]:
             if known:  # it may also be gone: a clone has only the newest values
                 store.progress.warn(f"{root.why} cannot be read, so it keeps nothing alive: {exc.message}")
             return ()
+        if not _is_root_yet(store, root.id):
+            return ()
         raise Damaged(f"{root.why} cannot be read: {exc.message}", hint="see what is wrong: llmos fsck") from exc
     return [root.id, *chunks]
+
+
+def _is_root_yet(store: Store, oid: ObjectId) -> bool:
+    """Since the roots were listed a ref may have gone or moved on, and its old value with it."""
+    return any(root.required and root.id == oid for root in find_roots(store, since=float("inf")))
 
 
 def _unix(time: str) -> float:

@@ -95,9 +95,8 @@ class Worker:
         actions: dict[Callable[[], None], int] = {
             self._add: 40, self._tag: 10, self._remove: 10, self._gc: 14, self._checkout: 10, self._push: 10,
             self._move_shared: 6,
+            self._repack: 6,
         }  # fmt: skip
-        if "repack" in app.VERBS:
-            actions[self._repack] = 6
         while True:
             self._random.choices(list(actions), weights=list(actions.values()))[0]()
 
@@ -153,7 +152,7 @@ class Worker:
         self._llmos("gc", *self._random.choice((("--grace", "0"), ("--grace", "0"), ("--grace", "0.0003"), ())))
 
     def _repack(self) -> None:
-        self._llmos("repack")
+        self._llmos("gc", "--repack", "--grace", "0")
 
     def _checkout(self) -> None:
         there = [name for name, value in self._known.items() if value is not None]
@@ -355,7 +354,7 @@ class Soak:
 
 def _import_all() -> None:
     """So that a new worker need not: it should die at work, not while it imports."""
-    app.build(("add", "tag", "rm", "checkout", "gc", "push", *({"repack"} & set(app.VERBS))))
+    app.build(("add", "tag", "rm", "checkout", "gc", "push"))
     for room in ("formats", "store", "remote"):
         for module in sorted((Path(app.__file__).parent / room).glob("[!_]*.py")):
             with contextlib.suppress(ImportError):  # what an extra brings

@@ -95,18 +95,26 @@ def sweep(
     work: Callable[[Path], object],
     examine: Callable[[Path, str], None],
     stopped_at: Callable[[int, Work], bool] = killed_at,
+    *,
+    every: int = 1,
 ) -> int:
-    """Stop `work` at every step, each time on a fresh copy of `prepared`; returns how many steps it has.
+    """Stop `work` at every step (or at `every` second, third, ...), each time on a fresh copy of `prepared`; returns
+    about how many steps it has.
 
     `examine` gets the folder and where it was stopped, in words; "" when it was not.
     """
-    for number in range(1, MOST_STEPS):
+    for number in range(1, MOST_STEPS, every):
         fresh(prepared, folder)
         stopped = stopped_at(number, lambda: work(folder))
         examine(folder, f"step {number}" if stopped else "")
         if not stopped:
             return number - 1
     raise AssertionError("it never ended")
+
+
+def usually(every: int) -> int:
+    """How much of all that could be tried is tried in the suite; with LLMOS_CRASH=all it is everything."""
+    return 1 if os.environ.get("LLMOS_CRASH") == "all" else every
 
 
 def fresh(prepared: Path, folder: Path) -> None:
@@ -254,11 +262,13 @@ def misordered(steps: list[Step]) -> list[str]:
         elif step.name == "fsync":
             dirty.discard(step.path)
             named.pop(step.path, None)
+        elif step.name in ("rename", "link") and step.target.split("/")[-2:-1] == ["tmp"]:
+            if step.path in dirty:
+                dirty.add(step.target)  # one temporary name for another
         elif step.name in ("rename", "link"):
             if step.path in dirty:
                 found.append(f"{step.target} was named before its bytes were durable")
-            if step.target.split("/")[-2:-1] != ["tmp"]:
-                named[os.path.dirname(step.target)] = step.target
+            named[os.path.dirname(step.target)] = step.target
             dirty.discard(step.path)
     return found + [f"the name {name} was never made durable" for name in named.values()]
 
@@ -355,11 +365,12 @@ def _change(names: dict[str, File], change: _Change) -> None:
         names[step.target] = change.file
 
 
-def power_losses(before: Path, steps: list[Step], folder: Path) -> Iterator[str]:
+def power_losses(before: Path, steps: list[Step], folder: Path, *, every: int = 1) -> Iterator[str]:
     """Make in `folder`, for every moment between two steps, what a power loss may leave; yields when that was,
     "" for the moment after the last step.
 
-    The index is left out: it is a cache, and has its own way of being durable. Equal remains are made once.
+    The index is left out: it is a cache, and has its own way of being durable. Equal remains are made once; of the rest
+    every one, or `every` second, third, ...
     """
     disk = Disk(before)
     seen: set[int] = set()
@@ -367,8 +378,10 @@ def power_losses(before: Path, steps: list[Step], folder: Path) -> Iterator[str]
         done = number == len(steps)
         for mixture, files in disk.remains():
             mark = hash((done, *sorted(files.items(), key=lambda item: item[0])))
-            if mark not in seen:
-                seen.add(mark)
+            if mark in seen:
+                continue
+            seen.add(mark)
+            if done or len(seen) % every == 0:
                 _make(files, folder)
                 yield "" if done else f"after step {number} of {len(steps)}, {mixture}"
         if number < len(steps) and not _is_volatile(steps[number]):

@@ -1,17 +1,16 @@
-"""A push and a pull are killed before every single durable step, one after the other. Whatever is left must be whole:
+"""A push and a pull are killed before their durable steps, one after the other. Whatever is left must be whole:
 both stores clean, every ref at its old or its new value, and doing it again ends where it should.
 
-A child process is forked and leaves by `os._exit` at the k-th call that store/durable.py makes to the system; at a
-write, half of the bytes are written first. There is no hook for this in the program.
+In the suite at every third step; at every one by hand: LLMOS_CRASH=all pytest tests/crash
 """
 
 import os
 import random
 import shutil
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 import pytest
@@ -35,53 +34,7 @@ from llmos_cli.store.transaction import begin
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
 
-STEPS: Final = {
-    *("open", "writev", "fsync", "fdatasync", "chmod", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "utime")
-}
-KILLED: Final = 99
-MOST_STEPS: Final = 1000
 REFS: Final = {"web": 3, "part": 1}  # the number of files of each at its new value
-Work = Callable[[Path], None]
-
-
-class Dying:
-    """The `os` module as durable.py sees it: the process ends before its k-th step. Nothing waits for the disk: what
-    a process that is killed has written is not lost."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(os, name)
-        if name not in STEPS:
-            return real
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.left -= 1
-            if self.left <= 0:
-                if name == "writev":
-                    data = b"".join(args[1])
-                    os.write(args[0], data[: len(data) // 2])
-                os._exit(KILLED)
-            return None if name in ("fsync", "fdatasync") else real(*args, **kwargs)
-
-        return call
-
-
-def killed_at(step: int, work: Work, folder: Path) -> bool:
-    """Do `work` in a child that dies before its step; False if it was done before that."""
-    child = os.fork()
-    if child == 0:
-        try:
-            durable.os = Dying(step)  # type: ignore[attr-defined]
-            work(folder)
-        except BaseException:  # noqa: BLE001 - nothing of the test runner may run in the child
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, KILLED), f"step {step}: the child failed with {code}"
-    return code == KILLED
 
 
 @contextmanager
@@ -141,10 +94,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def before(tmp_path: Path, quick: None) -> Path:
+def before(scratch: Path, quick: None) -> Path:
     """A remote and a second store with the old value of `web`; `here` with its new one and with `part`, which needs a
     few frames of a bigger pack, so that one pack travels whole and one is made for the journey."""
-    folder = tmp_path / "before"
+    folder = scratch / "before"
     with ExitStack() as stack:
         for name in ("here", "other"):
             init_store(folder / name)
@@ -159,77 +112,64 @@ def before(tmp_path: Path, quick: None) -> Path:
     return folder
 
 
-def sweep(before: Path, tmp_path: Path, work: Work, examine: Callable[[Path, int], None]) -> int:
-    """Kill `work` at every step, on a fresh copy each; returns the number of steps."""
-    for step in range(1, MOST_STEPS):
-        folder = tmp_path / "now"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(before, folder)
-        killed = killed_at(step, work, folder)
-        examine(folder, step)
-        if not killed:
-            return step - 1
-    raise AssertionError("it never ended")
-
-
-def test_a_push_killed_at_any_step(before: Path, tmp_path: Path) -> None:
+def test_a_push_killed_at_any_step(before: Path, scratch: Path, harness: ModuleType) -> None:
     with opened(before, "here") as here, opened(before, "nas") as there:
         new, old = values(here), values(there)
 
-    def examine(folder: Path, step: int) -> None:
+    def examine(folder: Path, where: str) -> None:
         with opened(folder, "here") as here, opened(folder, "nas") as there:
-            assert values(here) == new, f"step {step}"
-            assert problems(here) == problems(there) == [], f"step {step}"
+            assert values(here) == new, where
+            assert problems(here) == problems(there) == [], where
             for ref, oid in values(there).items():
-                assert oid in (old.get(ref), new[ref]), f"step {step}"
+                assert oid in (old.get(ref), new[ref]), where
         push(folder)
         with opened(folder, "here") as here, opened(folder, "nas") as there:
-            assert values(there) == new, f"step {step}"
-            assert problems(here) == problems(there) == [], f"step {step}"
-            assert all(read_all(there, ref) == expected(ref) for ref in REFS), f"step {step}"
+            assert values(there) == new, where
+            assert problems(here) == problems(there) == [], where
+            assert all(read_all(there, ref) == expected(ref) for ref in REFS), where
 
-    assert sweep(before, tmp_path, push, examine) > 20
+    assert harness.sweep(before, scratch / "now", push, examine, every=harness.usually(3)) > 20
 
 
-def test_a_first_push_killed_at_any_step(before: Path, tmp_path: Path) -> None:
+def test_a_first_push_killed_at_any_step(before: Path, scratch: Path, harness: ModuleType) -> None:
     shutil.rmtree(before / "nas")
 
-    def examine(folder: Path, step: int) -> None:
+    def examine(folder: Path, where: str) -> None:
         if (folder / "nas/FORMAT").exists():
             with opened(folder, "nas") as there:
-                assert problems(there) == [], f"step {step}"
+                assert problems(there) == [], where
         push(folder)
         with opened(folder, "here") as here, opened(folder, "nas") as there:
-            assert values(there) == values(here), f"step {step}"
-            assert problems(there) == [], f"step {step}"
+            assert values(there) == values(here), where
+            assert problems(there) == [], where
 
-    assert sweep(before, tmp_path, push, examine) > 40
+    assert harness.sweep(before, scratch / "now", push, examine, every=harness.usually(3)) > 40
 
 
-def test_a_pull_killed_at_any_step(before: Path, tmp_path: Path) -> None:
+def test_a_pull_killed_at_any_step(before: Path, scratch: Path, harness: ModuleType) -> None:
     with opened(before, "other") as other:
         old = values(other)
     push(before)
     with opened(before, "nas") as there:
         new = values(there)
 
-    def examine(folder: Path, step: int) -> None:
+    def examine(folder: Path, where: str) -> None:
         with opened(folder, "other") as other:
-            assert problems(other) == [], f"step {step}"
+            assert problems(other) == [], where
             for ref, oid in values(other).items():
-                assert oid in (old.get(ref), new[ref]), f"step {step}"
+                assert oid in (old.get(ref), new[ref]), where
             arrived = set(other.index.packs())
         pull(folder)
         with opened(folder, "other") as other, opened(folder, "nas") as there:
-            assert values(other) == values(there) == new, f"step {step}"
-            assert problems(other) == problems(there) == [], f"step {step}"
-            assert all(read_all(other, ref) == expected(ref) for ref in REFS), f"step {step}"
-            assert arrived <= set(other.index.packs()), f"step {step}"
+            assert values(other) == values(there) == new, where
+            assert problems(other) == problems(there) == [], where
+            assert all(read_all(other, ref) == expected(ref) for ref in REFS), where
+            assert arrived <= set(other.index.packs()), where
 
-    assert sweep(before, tmp_path, pull, examine) > 10
+    assert harness.sweep(before, scratch / "now", pull, examine, every=harness.usually(3)) > 10
 
 
-def test_a_clone_killed_at_any_step(before: Path, tmp_path: Path) -> None:
+def test_a_clone_killed_at_any_step(before: Path, scratch: Path, harness: ModuleType) -> None:
     def work(folder: Path) -> None:
         plan = clone.plan_clone("nas", Path("copy"), folder, Silent())
         clone.execute_clone(plan, Silent())
@@ -237,14 +177,14 @@ def test_a_clone_killed_at_any_step(before: Path, tmp_path: Path) -> None:
     with opened(before, "nas") as there:
         new = values(there)
 
-    def examine(folder: Path, step: int) -> None:
+    def examine(folder: Path, where: str) -> None:
         if not (folder / "copy/.llmos/FORMAT").exists():
             work(folder)  # it had not begun, so it can be begun again
         with opened(folder, "copy/.llmos") as copy:
-            assert problems(copy) == [], f"step {step}"
-            assert set(copy.config.remotes) == {clone.ORIGIN}, f"step {step}"
+            assert problems(copy) == [], where
+            assert set(copy.config.remotes) == {clone.ORIGIN}, where
             execute_pull(copy, nas(folder), plan_pull(copy, nas(folder), None, force=False), Silent())
-            assert values(copy) == new, f"step {step}"
-            assert problems(copy) == [], f"step {step}"
+            assert values(copy) == new, where
+            assert problems(copy) == [], where
 
-    assert sweep(before, tmp_path, work, examine) > 20
+    assert harness.sweep(before, scratch / "now", work, examine, every=harness.usually(3)) > 20

@@ -1,13 +1,14 @@
-"""From outside: a command is killed at, or denied, every single system call by which it changes something on disk.
+"""From outside: a command is killed at, or denied, the system calls by which it changes something on disk.
 
 Nothing of the program is replaced; strace (Debian package strace) does it. Whatever is left must open, pass fsck, hold
-the old value or the new one, leave the source alone, and let the command be run again.
+the old value or the new one, leave the source alone, and let the command be run again. Of all calls of a command the
+suite takes a few; every single one by hand: LLMOS_CRASH=all pytest tests/crash/test_syscalls.py
 """
 
-import inspect
 import os
 import random
 import shutil
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,17 +19,22 @@ from typing import Any, Final
 
 import pytest
 
-from llmos_cli.commands.gc import gc as gc_command
+from llmos_cli.errors import Damaged, NotFound
+from llmos_cli.formats.codec import RAW, Encoded
+from llmos_cli.formats.frame import CHUNK, new_frame
+from llmos_cli.formats.frame import encode_header as encode_frame_header
+from llmos_cli.formats.ids import object_id
 from llmos_cli.formats.manifest import Manifest
-from llmos_cli.formats.names import parse_ref
+from llmos_cli.formats.names import RefName, parse_ref
 from llmos_cli.formats.safetensors import encode_header
 from llmos_cli.progress import Silent
 from llmos_cli.store.fsck import check
 from llmos_cli.store.gc import execute_gc, plan_gc
 from llmos_cli.store.local import Store, init_store, open_store
 from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.refs import delete_ref, list_refs, read_ref
-from llmos_cli.store.transaction import begin
+from llmos_cli.store.packs import PackWriter, list_packs
+from llmos_cli.store.refs import delete_ref, read_ref, ref_names
+from llmos_cli.store.transaction import Tensor, begin
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -36,36 +42,38 @@ GROWING: Final = ("write", "pwrite64", "writev", "ftruncate", "link", "linkat", 
 NAMES: Final = ("rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "chmod", "fchmod", "utimensat")
 SYNCS: Final = ("fsync", "fdatasync")
 WATCHED: Final = (*GROWING, *NAMES, *SYNCS)
-MOST: Final = 60  # tries of one fault at one system call; more are sampled
 PACK_BYTES: Final = 40_000
 DAY: Final = 86400.0
-State = dict[str, dict[str, bytes]]  # ref -> its files
+State = dict[str, dict[str, bytes] | None]  # ref -> its files
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What strace does at the n-th call of these names, and the exit codes it may lead to; 0: it did not matter."""
+    """What strace does at the n-th call of these names, the exit codes it may lead to (0: it did not matter), and at
+    how many of all calls of a command the suite does it."""
 
     inject: str
     names: tuple[str, ...]
     codes: tuple[int, ...]
-    most: int = MOST
+    most: int
 
 
 FAULTS: Final = {
-    "killed": Fault("signal=KILL:when={n}", WATCHED, (-9,)),
-    "full": Fault("error=ENOSPC:when={n}+", (*GROWING, *SYNCS), (0, 15)),  # and it stays full
-    "broken": Fault("error=EIO:when={n}", WATCHED, (0, 13)),
-    "over quota": Fault("error=EDQUOT:when={n}", (*GROWING, *SYNCS), (0, 15), most=4),
+    "killed": Fault("signal=KILL:when={n}", WATCHED, (-9,), 7),
+    "full": Fault("error=ENOSPC:when={n}+", (*GROWING, *SYNCS), (0, 15), 5),  # and it stays full
+    "broken": Fault("error=EIO:when={n}", WATCHED, (0, 13), 6),
+    "over quota": Fault("error=EDQUOT:when={n}", (*GROWING, *SYNCS), (0, 15), 2),
 }
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line below a folder, and what fills its store and its sources before."""
+    """A command line below a folder, what fills its store and its sources before, and how it may end when it is given
+    once more (10: what was to be removed is gone)."""
 
     prepare: Callable[[Path], None]
     argv: tuple[str, ...]
+    again: tuple[int, ...] = (0,)
 
 
 def noise(seed: int, size: int = 30_000) -> bytes:
@@ -104,6 +112,11 @@ def prepare_add(folder: Path) -> None:
         commit(store, "other", text=b"text " * 500)
 
 
+def prepare_adopt(folder: Path) -> None:
+    prepare_add(folder)
+    (folder / "source" / "large").write_bytes(noise(4, 1_100_000))
+
+
 def prepare_gc(folder: Path) -> None:
     """Dead packs, a mostly dead one, one in the trash, one there that is needed, a removed ref, a leftover."""
     with opened(folder) as store:
@@ -121,13 +134,68 @@ def prepare_gc(folder: Path) -> None:
         age(store)
 
 
+def prepare_repack(folder: Path) -> None:
+    """As for a gc, and two versions of a model that were stored before there were planes and deltas."""
+    prepare_gc(folder)
+    words = [random.Random(6).gauss(0, 0.02) for _ in range(8000)]
+    with opened(folder) as store:
+        for step in (0, 1):
+            plain = b"".join(struct.pack("<f", word * (1 + step / 5000))[2:] for word in words)
+            frame = new_frame(CHUNK, object_id(plain), len(plain), Encoded(RAW, 0, False, (plain,)))
+            writer = PackWriter(store.tmp)
+            writer.append(frame, encode_frame_header(frame), (plain,))
+            writer.publish(store)
+            with begin(store, purpose="test", ref=RefName("model")) as tx:
+                entry = tx.add_tensors("model.safetensors", [Tensor("w", "BF16", (8000,), lambda plain=plain: plain)])
+                tx.commit(Manifest("model", (entry,)), message="test")
+        age(store)
+
+
+def prepare_trash(folder: Path) -> None:
+    """Two removed refs; the pack of one of them is in the trash, too."""
+    prepare_refs(folder)
+    with opened(folder) as store:
+        remove(store, "run")
+        age(store)
+        execute_gc(store, plan_gc(store, grace_seconds=DAY), Silent())
+        remove(store, "other")
+
+
+def prepare_refs(folder: Path) -> None:
+    with opened(folder) as store:
+        commit(store, "run", notes=noise(1), old=noise(2))
+        commit(store, "other", text=b"text " * 500)
+
+
+def prepare_damage(folder: Path) -> None:
+    """A bit has flipped in a pack, another pack is gone, the end of a third is cut off; a copy has all three."""
+    with opened(folder) as store:
+        commit(store, "run", notes=noise(1))
+        commit(store, "other", f=noise(2))
+        commit(store, "third", f=noise(3))
+        packs = sorted(list_packs(store.packs).values())
+    shutil.copytree(folder / "store", folder / "copy")
+    for path in packs:
+        path.chmod(0o644)
+    data = bytearray(packs[0].read_bytes())
+    data[9000] ^= 1
+    packs[0].write_bytes(data)
+    packs[1].unlink()
+    packs[2].write_bytes(packs[2].read_bytes()[:-70])
+
+
 COMMANDS: Final = {
+    "init": Command(lambda folder: shutil.rmtree(folder / "store"), ("init",)),
     "add": Command(prepare_add, ("add", "{folder}/source", "run")),
+    "adopt": Command(prepare_adopt, ("add", "--adopt", "{folder}/source", "run")),
+    "tag": Command(prepare_refs, ("tag", "other", "run", "--force")),
+    "rm": Command(prepare_refs, ("rm", "other"), (0, 10)),
+    "checkout": Command(prepare_refs, ("checkout", "run", "{folder}/out", "--force")),
     "gc": Command(prepare_gc, ("gc", "--grace", "0")),
-    "repack": Command(prepare_gc, ("gc", "--repack", "--grace", "0")),
+    "repack": Command(prepare_repack, ("gc", "--repack", "--grace", "0")),
+    "undelete": Command(prepare_trash, ("gc", "--undelete")),
+    "repair": Command(prepare_damage, ("fsck", "--repair", "--from", "{folder}/copy")),
 }
-if "repack" not in inspect.signature(gc_command).parameters:
-    del COMMANDS["repack"]
 
 
 @contextmanager
@@ -136,31 +204,42 @@ def opened(folder: Path) -> Iterator[Store]:
         yield store
 
 
-def state(store: Store) -> State:
-    return {
-        str(entry.ref): {file.path: read_file(store, file) for file in read_manifest(store, entry.id).files}
-        for entry in list_refs(store)
-    }
+def state(folder: Path) -> State | None:
+    """What the refs hold (None: it cannot be read); None where there is no store."""
+    try:
+        with opened(folder) as store:
+            return {str(ref): _value(store, ref) for ref in ref_names(store) if read_ref(store, ref)}
+    except NotFound:
+        return None
 
 
-def problems(store: Store) -> list[str]:
-    return [f"{item.where}: {item.what}" for item in check(store, quick=False, progress=Silent()).problems]
+def _value(store: Store, ref: RefName) -> dict[str, bytes] | None:
+    entry = read_ref(store, ref)
+    assert entry is not None
+    try:
+        return {file.path: read_file(store, file) for file in read_manifest(store, entry.id).files}
+    except Damaged:
+        return None
 
 
-def source(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "source").glob("*")}
+def problems(folder: Path) -> list[str]:
+    with opened(folder) as store:
+        return [f"{item.where}: {item.what}" for item in check(store, quick=False, progress=Silent()).problems]
 
 
-@pytest.fixture
-def tracer(tracing: ModuleType, scratch: Path) -> Iterator[Any]:
-    (scratch / "traced").mkdir()
-    with tracing.open_tracer(scratch / "traced", pack_bytes=PACK_BYTES) as tracer:
+def files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*")}
+
+
+@pytest.fixture(scope="module")
+def tracer(tracing: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with tracing.open_tracer(tmp_path_factory.mktemp("traced"), pack_bytes=PACK_BYTES) as tracer:
         yield tracer
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_every_system_call(command: Command, fault: Fault, tracer: Any, scratch: Path) -> None:
+def test_every_system_call(command: Command, fault: Fault, tracer: Any, harness: ModuleType, scratch: Path) -> None:
     prepared, folder = scratch / "prepared", scratch / "now"
     init_store(prepared / "store")
     command.prepare(prepared)
@@ -171,40 +250,43 @@ def test_every_system_call(command: Command, fault: Fault, tracer: Any, scratch:
         shutil.copytree(prepared, folder)
 
     fresh()
-    with opened(folder) as store:
-        before = state(store)
+    before = state(folder)
+    is_sound = before is not None and not problems(folder)
     fresh()
     ran = tracer.run(*argv, watch=WATCHED)
     assert ran.code == 0, ran.err
-    with opened(folder) as store:
-        after = state(store)
-    assert sum(ran.calls.values()) > 30
+    after = state(folder)
+    assert after is not None
+    made = {name: data for name, (data, _) in files(folder / "out").items()}
+    points = [(name, n) for name, last in sorted(ran.calls.items()) if name in fault.names for n in range(1, last + 1)]
+    assert len(points) > 5
     met = 0
-    for name, last in sorted(ran.calls.items()):
-        if name not in fault.names:
-            continue
-        for number in sampled(last, fault.most):
-            fresh()
-            untouched = source(folder)
-            failed = tracer.run(*argv, inject=f"{name}:{fault.inject.format(n=number)}")
-            where = f"{name} {number} of {last}: exit {failed.code}, {failed.err}"
-            met += failed.met
-            assert failed.code in fault.codes or (failed.code == 0 and not failed.met), where
-            assert "Traceback" not in failed.err, where
-            assert source(folder) == untouched, where
-            with opened(folder) as store:
-                assert problems(store) == [], where
-                assert state(store) in ((after,) if failed.code == 0 else (before, after)), where
-            again = tracer.run(*argv)
-            assert again.code == 0, f"{where}; again: {again.err}"
-            with opened(folder) as store:
-                assert state(store) == after, where
-                assert problems(store) == [], where
-    assert met > 20
+    for name, number in sampled(points, harness.usually(fault.most)):
+        fresh()
+        untouched = files(folder / "source")
+        failed = tracer.run(*argv, inject=f"{name}:{fault.inject.format(n=number)}")
+        where = f"{name} {number} of {ran.calls[name]}: exit {failed.code}, {failed.err}"
+        met += failed.met
+        assert failed.code in fault.codes or (failed.code == 0 and not failed.met), where
+        assert "Traceback" not in failed.err, where
+        assert files(folder / "source") == untouched, where
+        now = state(folder)
+        if is_sound:
+            assert problems(folder) == [], where
+        if failed.code == 0:
+            assert now == after, where
+        elif before is not None and now != before:
+            assert all(now and now.get(ref) in (before.get(ref), after.get(ref)) for ref in {**before, **after}), where
+        again = tracer.run(*argv)
+        assert again.code in command.again, f"{where}; again: {again.err}"
+        assert state(folder) == after, where
+        assert problems(folder) == [], where
+        assert {name: data for name, (data, _) in files(folder / "out").items() if name[0] != "."} == made, where
+    assert met > 0
 
 
-def sampled(last: int, most: int) -> list[int]:
-    """The numbers from 1 to `last`, or as many of them as allowed, evenly: always the first and the last."""
-    if last <= most:
-        return list(range(1, last + 1))
-    return sorted({1 + round(index * (last - 1) / (most - 1)) for index in range(most)})
+def sampled(points: list[tuple[str, int]], most: int) -> list[tuple[str, int]]:
+    """All of them for 1, else that many, evenly spread: always the first and the last."""
+    if most == 1 or len(points) <= most:
+        return points
+    return [points[round(index * (len(points) - 1) / (most - 1))] for index in range(most)]

@@ -336,6 +336,25 @@ def forked(work: Callable[[], int]) -> int:
     return child
 
 
+def test_packs_are_weighed_as_of_one_moment(store: Store, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gc reads of many packs, one table after the other, while another process publishes one."""
+    lab.add("x", {"f": b"1"})
+    real = index._id
+    with opened(store) as other:
+
+        def id_read(value: object) -> Any:
+            monkeypatch.setattr(index, "_id", real)
+            commit(other, "y", {"f": b"2"})
+            return real(value)
+
+        monkeypatch.setattr(index, "_id", id_read)
+        names, seen = store.index.over_copies(lambda names, copies, _: (names, {row[1] for row in copies}))
+    assert index._id is real
+    assert seen <= names.keys()
+    assert lab.gc(grace=0).freed_bytes == 0
+    lab.sound()
+
+
 def test_forks_beside_threads_that_read_and_write(store: Store, lab: Any) -> None:
     """One open store and one open file, as a data loader has them: threads go on, and every child can use both."""
     data = lab.noise(3 << 20)
