@@ -31,6 +31,7 @@ from llmos_cli.store.frames import read_frame
 from llmos_cli.store.handle import Store
 from llmos_cli.store.index import Location
 
+_BATCH: Final = 100_000  # objects that are noted together
 _TRIES: Final = 4  # a gc may move a pack again and again while we look for it
 
 
@@ -254,6 +255,7 @@ def sync_index(store: Store) -> Sync:
     for folder in {path.parent for path in new.values()}:
         with contextlib.suppress(AccessDenied):  # a read-only file system cannot and need not
             durable.sync_folder(folder)
+    batch: list[tuple[ObjectId, int, Sequence[Entry]]] = []
     for name, path in new.items():
         try:
             content = read_pack(path)
@@ -262,8 +264,13 @@ def sync_index(store: Store) -> Sync:
         if content.problem:
             damaged.append((name, content.problem.message))
         if content.entries:
-            store.index.add_pack(name, content.size, content.entries)
+            batch.append((name, content.size, content.entries))
             added += 1
+        if sum(len(entries) for _, _, entries in batch) >= _BATCH:
+            store.index.add_packs(batch)
+            batch = []
+    if batch:
+        store.index.add_packs(batch)
     return Sync(added, dropped, tuple(damaged))
 
 
