@@ -3,7 +3,8 @@
 `planes` is for tensors: the words of a chunk are split into byte planes, so that the bytes that repeat (the exponents
 of floats) stand together; a float's word is first rotated left by one, which moves the sign out of the exponent's
 byte (the same trick as ZipNN, arXiv:2411.05239, and DFloat11, arXiv:2504.11651). Each plane is stored raw or as a
-zstd frame that is little more than a Huffman coder: no preset level is as small or as fast on exponents.
+zstd frame that is little more than a Huffman coder: no preset level is as small or as fast on exponents. Small integers
+in wide words have their sign in several planes; such a plane is stored as what it is beyond the one before.
 
 `delta` is planes of the differences to a base chunk (delta.py makes them). Where its words are grouped, a zstd block
 ends with every group, so that each has a Huffman table of its own.
@@ -34,7 +35,10 @@ DELTA: Final = 3
 ADOPTED: Final = 4
 CODEC_NAMES: Final = {RAW: "raw", ZSTD: "zstd", PLANES: "planes", DELTA: "delta", ADOPTED: "adopted"}
 
-_PLANE = struct.Struct("<B3xI")  # method (0 raw, 1 zstd), stored bytes
+_PLANE = struct.Struct("<B3xI")  # method, stored bytes
+_RAW_PLANE: Final = 0
+_ZSTD_PLANE: Final = 1
+_STEP_PLANE: Final = 2  # as 1, of the plane's bytes XOR those of the plane before it
 _WORTH: Final = 0.97  # a codec must save 3 % to be used
 _MIN_BYTES: Final = 64  # below this nothing is tried
 _SAMPLE_BYTES: Final = 16 * limits.KiB
@@ -173,11 +177,26 @@ def _packed(
 ) -> Encoded:
     table: list[Buffer] = []
     parts: list[Buffer] = []
-    for plane in planes:
-        packed = _pack_plane(plane, cuts)
-        table.append(_PLANE.pack(packed is not None, len(plane) if packed is None else len(packed)))
-        parts.append(plane if packed is None else packed)
+    for number, plane in enumerate(planes):
+        method, packed = _ZSTD_PLANE, _pack_plane(plane, cuts)
+        if codec == PLANES and not rotated and number:  # integers: a sign that is spread over planes is told once
+            packed_step = _pack_step(planes[number - 1], plane, packed)
+            method, packed = (_STEP_PLANE, packed_step) if packed_step else (method, packed)
+        table.append(_PLANE.pack(method if packed else _RAW_PLANE, len(packed or plane)))
+        parts.append(packed or plane)
     return Encoded(codec, width, rotated, (b"".join(table), *parts, tail))
+
+
+def _pack_step(before: memoryview, plane: memoryview, packed: bytes | None) -> bytes | None:
+    """What a plane is beyond the one before it, or None unless that is smaller than the plane itself."""
+    from llmos_cli.formats.planes import step
+
+    size = min(len(plane), 4 * _SAMPLE_BYTES)
+    least = _contexts.huffman.compress(plane[:size]) if packed else plane[:size]
+    if len(_contexts.huffman.compress(step(before[:size], plane[:size]))) > _WORTH * len(least):
+        return None
+    smaller = _pack_plane(step(before, plane), ())
+    return smaller if smaller and len(smaller) < len(packed or plane) else None
 
 
 def _cuts(ends: Sequence[int]) -> list[int]:
@@ -216,7 +235,7 @@ def _pays(packer: zstandard.ZstdCompressor, data: memoryview) -> bool:
 
 def _unpacked(width: int, rotated: bool, payload: memoryview, out: memoryview) -> tuple[Sequence[Buffer], memoryview]:
     """The planes of a payload, one byte of every whole word of `out`, and these words; the tail is put in its place."""
-    from llmos_cli.formats.planes import WORD_TYPES
+    from llmos_cli.formats.planes import WORD_TYPES, step
 
     if width not in WORD_TYPES or (rotated and width == 1):
         raise Damaged(f"planes of width {width} are unknown")
@@ -230,11 +249,14 @@ def _unpacked(width: int, rotated: bool, payload: memoryview, out: memoryview) -
         method, size = _PLANE.unpack_from(payload, _PLANE.size * plane)
         data = payload[at : at + size]
         at += size
-        if method not in (0, 1) or any(payload[_PLANE.size * plane + 1 : _PLANE.size * plane + 4]):
+        if method not in (_RAW_PLANE, _ZSTD_PLANE, _STEP_PLANE)[: 3 if plane else 2] or any(
+            payload[_PLANE.size * plane + 1 : _PLANE.size * plane + 4]
+        ):
             raise Damaged(f"plane method {method} is unknown")
-        if len(data) != size or (method == 0 and size != count):
+        if len(data) != size or (method == _RAW_PLANE and size != count):
             raise Damaged("a plane does not have the size its frame promises")
-        planes.append(_decompress(data, count) if method else data)
+        unpacked = _decompress(data, count) if method else data
+        planes.append(step(planes[-1], unpacked) if method == _STEP_PLANE else unpacked)
     if len(payload) != at + tail:
         raise Damaged("a planes payload has bytes after its last plane")
     out[count * width :] = payload[at:]

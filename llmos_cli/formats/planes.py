@@ -66,6 +66,11 @@ def merge(planes: Sequence[Buffer], rotated: bool, out: memoryview) -> None:
         words |= sign
 
 
+def step(before: Buffer, plane: Buffer) -> memoryview:
+    """A plane XOR the one before it: from plane to step and back."""
+    return np.bitwise_xor(np.frombuffer(before, np.uint8), np.frombuffer(plane, np.uint8)).data
+
+
 def scratch(name: str, dtype: np.dtype[Any], count: int) -> Array:
     """Memory of this thread, kept from call to call: fresh pages cost as much as the shifts."""
     kept: bytearray | None = getattr(_scratch, name, None)

@@ -1,5 +1,5 @@
 """Make the golden files of format version 1: a store of three packs, the second of deltas, the third of chunks that lie
-in an adopted file, three refs and their manifests.
+in an adopted file, three refs and their manifests, and a pack of signed integers.
 
     python tests/golden/make_v1.py            # refuses to touch a folder that has files
     python tests/golden/make_v1.py --force    # only before version 1 has been released
@@ -81,6 +81,15 @@ def plain_deltas() -> dict[str, Delta]:
     return found
 
 
+def signed_integers() -> list[tuple[Words, bytes]]:
+    """Small signed integers in wide words, whose planes are steps."""
+    dice = random.Random(4)
+    values = [dice.randrange(-8, 8) for _ in range(600)]
+    return [
+        (Words(width), struct.pack(f"<600{code}", *values) + b"\1") for width, code in ((2, "h"), (4, "i"), (8, "q"))
+    ]
+
+
 def manifest_of(files: dict[str, tuple[Words, list[bytes]]]) -> Manifest:
     entries = tuple(
         FileEntry(path, tuple(Chunk(object_id(chunk), len(chunk)) for chunk in chunks))
@@ -149,6 +158,9 @@ def build() -> dict[str, bytes]:
         at += len(plain)
     pointers.append((adopted_manifest, codec.encode(memoryview(adopted_manifest), OPAQUE), MANIFEST, NO_ID, 0))
     points = packed(pointers)
+    steps = packed(
+        (plain, codec.encode(memoryview(plain), words), CHUNK, NO_ID, 0) for words, plain in signed_integers()
+    )
     ref, time = RefName("golden", "v1"), "2026-01-02T03:04:05Z"
     moves = [
         RefEntry(ref, 1, object_id(first), None, time, "ann@example", ""),
@@ -173,6 +185,7 @@ def build() -> dict[str, bytes]:
         "manifest-adopted.json": adopted_manifest,
         adopted_key(object_id(adopted)): adopted,
         pack_key(object_id(points)): points,
+        pack_key(object_id(steps)): steps,
         **{ref_key(move.ref, move.sequence): encode_entry(move) for move in moves},
     }
 

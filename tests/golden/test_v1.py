@@ -25,6 +25,7 @@ DELTA_MANIFEST_ID = "62e2c9738a52d73ca1336261aa0d1c629d5c21956fc05ca5aaec4a25fd1
 DELTA_PACK = "9a47fa5b050f38b7d10603abfbfa84d01341daf6b501e137510ef73feaf242b1"
 ADOPTED_MANIFEST_ID = "5c8aed3c50836826d0f8e4911e3cbdf8a92eb2a09c09fcc33bfbd72493fbe6da"
 ADOPTED_PACK = "3b2b53218e97d5139f8c109dafcfc18fcc4f8efad8dcdd43340e49f08fb095b2"
+STEP_PACK = "10c166c76e838e46e6f1c55cb395aecce8f1ca78232ffd051ad86ed894d7931b"
 REF = RefName("golden", "v1")
 Objects = dict[ObjectId, tuple[pack.Entry, bytes]]
 
@@ -101,6 +102,17 @@ def test_every_delta_is_decoded_to_the_bytes_that_went_in(packed: bytes) -> None
     assert encode_manifest(MAKE["manifest_of_deltas"](MAKE["plain_deltas"]())) == data
 
 
+def test_planes_that_are_steps_are_decoded_to_the_bytes_that_went_in() -> None:
+    data = stored(STEP_PACK)
+    assert str(object_id(data)) == STEP_PACK
+    found = objects(data)
+    assert [plain for _, plain in found.values()] == [plain for _, plain in MAKE["signed_integers"]()]
+    for (entry, _), (words, _) in zip(found.values(), MAKE["signed_integers"](), strict=True):
+        table = data[entry.offset + HEADER_BYTES :][: 8 * words.width]
+        methods = [table[8 * plane] for plane in range(words.width)]
+        assert methods == [1] + [2] * (words.width - 1)
+
+
 def test_adopted_chunks_are_found_in_their_file() -> None:
     found = objects(stored(ADOPTED_PACK))
     data = (FOLDER / "manifest-adopted.json").read_bytes()
@@ -173,6 +185,7 @@ def test_the_script_writes_today_what_it_wrote_then_but_for_what_zstd_packed(pac
     then = objects(packed)
     then |= objects(stored(DELTA_PACK), then)
     then |= objects(stored(ADOPTED_PACK))
+    then |= objects(stored(STEP_PACK))
     assert {oid: plain for oid, (_, plain) in now.items()} == {oid: plain for oid, (_, plain) in then.items()}
 
 

@@ -40,6 +40,10 @@ NORMAL = np.random.default_rng(0).standard_normal(MiB // 4).astype(np.float32) *
         (np.append(RANDOM.integers(0, 256, MiB // 2), np.zeros(MiB // 2)).astype(np.uint8), OPAQUE, ZSTD, 0.51),
         (np.full(4 * MiB // 2, 0x3F80, np.uint16), Words(2, True), PLANES, 200 / (4 * MiB)),
         (np.zeros(4 * MiB // 4, np.float32), Words(4, True), ZSTD, 200 / (4 * MiB)),
+        (RANDOM.integers(-128, 128, MiB // 4).astype(np.int32), Words(4), PLANES, 0.28),
+        (RANDOM.integers(-8, 8, MiB // 4).astype(np.int32), Words(4), PLANES, 0.15),
+        (RANDOM.integers(-8, 8, MiB // 8), Words(8), PLANES, 0.08),
+        (RANDOM.integers(0, 256, MiB // 8), Words(8), PLANES, 0.13),
         (np.full(4 * MiB // 8, 7), Words(8), ZSTD, 410 / (4 * MiB)),
     ],
     ids=[
@@ -62,6 +66,10 @@ NORMAL = np.random.default_rng(0).standard_normal(MiB // 4).astype(np.float32) *
         "half noise",
         "ones",
         "zeros in fp32",
+        "int8 in int32",
+        "int4 in int32",
+        "int4 in int64",
+        "uint8 in int64",
         "sevens in int64",
     ],
 )
@@ -69,6 +77,16 @@ def test_each_kind_of_data_finds_its_codec(plain: np.ndarray, words: Words, chos
     encoded = codec.encode(memoryview(plain.tobytes()), words)
     assert encoded.codec == chosen
     assert encoded.size <= ratio * plain.nbytes
+
+
+def test_the_first_plane_is_no_step() -> None:
+    """It has none before it; of a payload that is right but for this nothing is read."""
+    plane = zstandard.compress(bytes(100))
+    entries = [struct.pack("<B3xI", method, len(plane)) for method in (1, 2)]
+    out = bytearray(200)
+    codec.decode(PLANES, 2, False, memoryview(b"".join([*entries, plane, plane])), memoryview(out))
+    with pytest.raises(Damaged, match="method 2"):
+        codec.decode(PLANES, 2, False, memoryview(b"".join([*entries[::-1], plane, plane])), memoryview(out))
 
 
 def _zstd(size: int, blocks: bytes, *, window_log: int = 20) -> bytes:
