@@ -21,14 +21,15 @@ from llmos_cli.formats.reflog import RefEntry
 VERSION: Final = 1
 _FIELDS: Final = {"manifests", "refs", "source", "time", "version"}
 _MOVE: Final = {"id", "message", "previous", "sequence", "time", "who"}
-_NAME = re.compile(r"(\d{8}T\d{6}Z)-([0-9a-f]{64})\Z")
-_STAMP: Final = "%Y%m%dT%H%M%SZ"
+_NAME = re.compile(r"(\d{8}T\d{6}\.\d{3}Z)-([0-9a-f]{64})\Z")
+_STAMP: Final = "%Y%m%dT%H%M%S.%f"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """`time` is ISO 8601 in UTC, to the second; `source` says whose store it is and where; moves go from the oldest to
-    the newest. The newest value of every ref is among the `manifests`, older ones as far as the store had them."""
+    """`time` is ISO 8601 in UTC, to the millisecond; `source` says whose store it is and where; moves go from the
+    oldest to the newest. The newest value of every ref is among the `manifests`, older ones as far as the store had
+    them."""
 
     time: str
     source: str
@@ -52,7 +53,7 @@ class SnapshotName:
 
     @property
     def moment(self) -> datetime:
-        return datetime.strptime(self.time + "+0000", _STAMP + "%z")
+        return datetime.strptime(self.time, _STAMP + "%z")
 
 
 def parse_snapshot_name(name: str) -> SnapshotName | None:
@@ -70,7 +71,7 @@ def parse_snapshot_name(name: str) -> SnapshotName | None:
 
 def name_snapshot(snapshot: Snapshot, data: bytes) -> SnapshotName:
     """The name of a snapshot whose bytes are `data`."""
-    return SnapshotName(datetime.fromisoformat(snapshot.time).strftime(_STAMP), object_id(data))
+    return SnapshotName(datetime.fromisoformat(snapshot.time).strftime(_STAMP)[:-3] + "Z", object_id(data))
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:

@@ -67,7 +67,7 @@ def plan_backup(store: Store, remote: Remote, now: datetime | None = None) -> Ba
             manifests.add(oid)
             needed |= objects
     catalog = read_catalog(store, remote.transport, store.progress) if ready else Catalog({}, {})
-    time = (now or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds")
+    time = (now or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="milliseconds")
     snapshot = Snapshot(time, source_of(store), refs, tuple(sorted(manifests)))
     return BackupPlan(snapshot, plan_objects(store, catalog, (), frozenset(needed), initialise=not ready))
 

@@ -105,7 +105,7 @@ def choose(found: Sequence[Found], at: str | None, source: str, label: str) -> F
             f"{label} has snapshots of several stores: {', '.join(sorted(sources))}",
             hint=f"choose one by its id: llmos backup {label} --list, then --at @ID",
         )
-    until = _parse_time(at) if at else None
+    until = None if at is None else _parse_time(at)
     fitting = [item for item in found if until is None or item[0].moment <= until]
     if not fitting:
         raise NotFound(

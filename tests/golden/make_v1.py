@@ -169,7 +169,8 @@ def build() -> dict[str, bytes]:
         RefEntry(RefName("golden", "adopted"), 1, object_id(adopted_manifest), None, time, "ann@example", "add"),
     ]
     logs = {ref: tuple(move for move in moves if move.ref == ref) for ref in sorted({move.ref for move in moves})}
-    snapshot = Snapshot("2026-01-02T03:04:07+00:00", "ann@example:/store", logs, tuple(sorted({m.id for m in moves})))
+    kept_ids = tuple(sorted({move.id for move in moves}))
+    snapshot = Snapshot("2026-01-02T03:04:07.089+00:00", "ann@example:/store", logs, kept_ids)
     kept = encode_snapshot(snapshot)
     nodes = tuple(Member(f"{number:032x}", f"{number + 8:032x}", f"/node{number}") for number in (1, 2, 3))
     members = Members("f" * 32, 2, 2, nodes)

@@ -153,7 +153,7 @@ def test_the_snapshot_is_read_and_written_the_same() -> None:
     (path,) = (FOLDER / "snapshots").iterdir()
     name, data = parse_snapshot_name(path.name), path.read_bytes()
     assert name is not None
-    assert name.moment.isoformat() == "2026-01-02T03:04:07+00:00"
+    assert name.moment.isoformat() == "2026-01-02T03:04:07.089000+00:00"
     snapshot = decode_snapshot(data, name)
     assert encode_snapshot(snapshot) == data
     for ref, log in snapshot.refs.items():

@@ -22,7 +22,7 @@ from llmos_cli.formats.snapshot import (
 
 ONE, TWO = object_id(b"1"), object_id(b"2")
 WEB, TINY = RefName("web"), RefName("tiny", "int8")
-TIME = "2026-11-25T03:23:12+00:00"
+TIME = "2026-11-25T03:23:12.007+00:00"
 
 
 def move(ref: RefName, sequence: int, oid: ObjectId, previous: ObjectId | None) -> RefEntry:
@@ -40,7 +40,7 @@ SNAPSHOT = Snapshot(
 def test_it_comes_back_as_it_was_and_the_moves_byte_for_byte() -> None:
     data = encode_snapshot(SNAPSHOT)
     name = name_snapshot(SNAPSHOT, data)
-    assert str(name) == f"20261125T032312Z-{object_id(data)}"
+    assert str(name) == f"20261125T032312.007Z-{object_id(data)}"
     assert parse_snapshot_name(str(name)) == name
     back = decode_snapshot(data, name)
     assert back == SNAPSHOT
@@ -48,10 +48,10 @@ def test_it_comes_back_as_it_was_and_the_moves_byte_for_byte() -> None:
 
 
 def test_names_sort_by_time_and_odd_ones_are_nothing() -> None:
-    names = [SnapshotName(f"2026112{day}T000000Z", ONE) for day in (3, 1, 2)]
+    names = [SnapshotName(f"2026112{day}T000000.000Z", ONE) for day in (3, 1, 2)]
     assert [name.moment.day for name in sorted(names)] == [21, 22, 23]
     digits = "0" * 64
-    for odd in ("", "README", f"20261125T032312Z-{digits[1:]}", f"20261325T032312Z-{digits}", f"2026-{digits}"):
+    for odd in ("", "README", f"20261125T032312.007Z-{digits[1:]}", f"20261325T032312.007Z-{digits}", f"2026-{digits}"):
         assert parse_snapshot_name(odd) is None
 
 
@@ -68,7 +68,7 @@ def changed(change: Callable[[dict[str, Any]], object]) -> bytes:
         lambda table: table.update(more=1),
         lambda table: table.update(version=True),
         lambda table: table.update(time="yesterday"),
-        lambda table: table.update(time="2026-11-25T03:23:13+00:00"),
+        lambda table: table.update(time="2026-11-25T03:23:12.008+00:00"),
         lambda table: table.update(refs=[]),
         lambda table: table.update(refs={"../x:y": table["refs"]["web:latest"]}),
         lambda table: table["refs"].update({"web:latest": []}),
@@ -84,14 +84,14 @@ def changed(change: Callable[[dict[str, Any]], object]) -> bytes:
 )
 def test_what_does_not_fit_is_refused(change: Callable[[dict[str, Any]], object]) -> None:
     data = changed(change)
-    with pytest.raises(Damaged, match="snapshot 20261125T032312Z"):
-        decode_snapshot(data, SnapshotName("20261125T032312Z", object_id(data)))
+    with pytest.raises(Damaged, match=r"snapshot 20261125T032312\.007Z"):
+        decode_snapshot(data, SnapshotName("20261125T032312.007Z", object_id(data)))
 
 
 def test_another_version_is_named() -> None:
     data = changed(lambda table: table.update(version=2))
     with pytest.raises(UnknownVersion, match="unknown version 2"):
-        decode_snapshot(data, SnapshotName("20261125T032312Z", object_id(data)))
+        decode_snapshot(data, SnapshotName("20261125T032312.007Z", object_id(data)))
 
 
 @given(st.integers(0, 10**6), st.integers(0, 7))
