@@ -1,12 +1,15 @@
 """`llmos ls`: the refs of a store."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmos_cli.errors import Damaged
 from llmos_cli.ui.session import session
 from llmos_cli.ui.text import plural, size, when
+
+if TYPE_CHECKING:
+    from llmos_cli.store.refs import RefEntry
 
 SHOWN_DAMAGED = 5
 
@@ -28,43 +31,43 @@ def ls(
     """
     from fnmatch import fnmatchcase
 
-    from llmos_cli.store.objects import read_manifest
     from llmos_cli.store.refs import read_ref, ref_names
+    from llmos_cli.store.summaries import summaries
 
     here = session(ctx)
     listed, rows, damaged = [], [], []
     with here.open_store() as store:
+        entries: dict[str, RefEntry | None] = {}  # None: damaged
         for ref in ref_names(store):
             if pattern and not fnmatchcase(str(ref), pattern) and not fnmatchcase(ref.name, pattern):
                 continue
             try:
-                entry = read_ref(store, ref)
+                if entry := read_ref(store, ref):
+                    entries[str(ref)] = entry
             except Damaged:
-                damaged.append(str(ref))
-                rows.append([str(ref), "damaged", "?", "?", "?"])
-                continue
-            if entry is None:
-                continue
-            kind: str | None = None
-            num_bytes: int | None = None
-            try:
-                manifest = read_manifest(store, entry.id)
-                kind, num_bytes = manifest.kind, manifest.size
-            except Damaged:
-                damaged.append(str(ref))
-            listed.append(
-                {
-                    "ref": str(ref),
-                    "name": ref.name,
-                    "tag": ref.tag,
-                    "kind": kind,
-                    "id": str(entry.id),
-                    "size": num_bytes,
-                    "time": entry.time,
-                }
-            )
-            shown = "?" if num_bytes is None else size(num_bytes)
-            rows.append([str(ref), kind or "damaged", entry.id.short, shown, when(entry.time)])
+                entries[str(ref)] = None
+        known = summaries(store, (entry.id for entry in entries.values() if entry))
+    for name, entry in entries.items():
+        if entry is None:
+            damaged.append(name)
+            rows.append([name, "damaged", "?", "?", "?"])
+            continue
+        about = known.get(entry.id)
+        if about is None:
+            damaged.append(name)
+        listed.append(
+            {
+                "ref": name,
+                "name": entry.ref.name,
+                "tag": entry.ref.tag,
+                "kind": about.kind if about else None,
+                "id": str(entry.id),
+                "size": about.size if about else None,
+                "time": entry.time,
+            }
+        )
+        shown = size(about.size) if about else "?"
+        rows.append([name, about.kind if about else "damaged", entry.id.short, shown, when(entry.time)])
     here.out.result({"store": str(store.root), "refs": listed})
     if rows:
         here.out.table(["ref", "kind", "id", "size", "changed"], rows, right={3}, spare={1, 4})
