@@ -212,6 +212,7 @@ def _root(
         cwd=cwd,
         home=Path(os.path.expanduser("~")),
         safe_stores=os.environ.get("LLMOS_SAFE_STORES", ""),
+        ollama_models=os.environ.get("OLLAMA_MODELS", ""),
         out=Output(json=json, quiet=quiet, verbose=verbose, animate=bars),
     )
     if ctx.invoked_subcommand is None:

@@ -12,13 +12,16 @@ from llmos_cli.ui.text import duration, percent, plural, size
 
 if TYPE_CHECKING:
     from llmos_cli.store.adopt import Adoption
+    from llmos_cli.ui.session import Session
 
 
 def add(
     ctx: typer.Context,
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH...", help="Files or one folder.", show_default=False, readable=False),
+        typer.Argument(
+            metavar="PATH...", help="Files or one folder; or ollama:NAME[:TAG].", show_default=False, readable=False
+        ),
     ],
     name: Annotated[str, typer.Argument(metavar="NAME", help="The ref to move, NAME or NAME:TAG.", show_default=False)],
     *,
@@ -39,6 +42,10 @@ def add(
     file that has not been touched since it was added is not read again. Links and pipes inside a folder are left out,
     with a warning.
 
+    A path into the cache of Hugging Face's tools (a snapshot, a repository's folder, or CACHE/ORG/NAME) means the files
+    of that snapshot; a manifest of ollama's, or ollama:NAME:TAG, its GGUF files with licence, template and parameters.
+    Both are compared with the digests they are named by.
+
     With --adopt, files of 1 MB or more are not copied. Where the file system has reflinks, file and store share the
     bytes and stay independent. Where it has hard links only, the file is made read-only and becomes the store's own:
     edit a copy of it, never the file itself. Whatever cannot be shared is copied, and named. Every read is checked.
@@ -48,6 +55,8 @@ def add(
       llmos add notes.txt data.jsonl raw:2026-11
       llmos add ~/models/llama-chat chat --base base
       llmos add --adopt ~/downloads/qwen qwen
+      llmos add --adopt ~/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B qwen
+      llmos add --adopt ollama:llama3.2:1b llama
       llmos add model.safetensors weights --json
     """
     from llmos_cli.formats.names import parse_ref
@@ -56,7 +65,7 @@ def add(
 
     here = session(ctx)
     ref = parse_ref(name)
-    plan = plan_add(paths)
+    plan = plan_add([_place(here, path) for path in paths])
     files = plural(len(plan.files), "file")
     if dry_run:
         for skipped, reason in plan.skipped:
@@ -107,6 +116,16 @@ def add(
     share = f" ({percent(commit.stored, commit.size)})" if commit.stored < commit.size else ""
     here.out.say(f"{size(commit.stored)} stored{share}{reused}, {duration(seconds)}")
     here.out.hint(f"llmos show {ref}")
+
+
+def _place(here: "Session", path: Path) -> Path:
+    """What is to be added: ollama:NAME is looked up where ollama keeps its models."""
+    from llmos_cli.store.ollama import SCHEME, find_ollama
+
+    if not str(path).startswith(SCHEME) or path.exists():
+        return path
+    usual = [here.home / ".ollama/models", Path("/usr/share/ollama/.ollama/models")]
+    return find_ollama(str(path), [Path(here.ollama_models)] if here.ollama_models else usual)
 
 
 def _adopted(adoptions: "Sequence[Adoption]") -> Iterator[str]:

@@ -7,7 +7,6 @@ What the ref already holds of the same digest is not fetched again.
 """
 
 import fnmatch
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -28,17 +27,18 @@ from llmos_cli.errors import (
     from_os_error,
 )
 from llmos_cli.formats import canonical, limits
-from llmos_cli.formats.ids import IdHasher, ObjectId
+from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import FileEntry, Manifest, Recipe, Source
 from llmos_cli.formats.names import RefName, check_paths
 from llmos_cli.progress import Progress, Task
-from llmos_cli.remote.web import Answer, Passing, Web
+from llmos_cli.remote.download import Answer, Passing, Web
 from llmos_cli.store import durable
 from llmos_cli.store.add import AddPlan, execute_add, kind_of
 from llmos_cli.store.handle import Store
 from llmos_cli.store.leases import hold, hold_alone
 from llmos_cli.store.objects import read_file, read_manifest
 from llmos_cli.store.partials import drop_partial, grow, partial_path
+from llmos_cli.store.proof import GIT, SHA256, digest_of, prove
 from llmos_cli.store.refs import read_ref
 from llmos_cli.store.transaction import Commit
 
@@ -51,11 +51,9 @@ _OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpa
 _STREAMS: Final = 4
 _TRIES: Final = 3  # for a file whose bytes prove wrong
 _ANSWER_BYTES: Final = 64 * limits.MiB
-_BLOCK_BYTES: Final = 4 * limits.MiB
 _PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")
 _REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+/-]{0,199}\Z")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}\Z")
-_SHA256: Final = re.compile(r"[0-9a-f]{64}\Z")
 _RANGE: Final = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+)\Z")
 
 
@@ -292,14 +290,15 @@ def _ask_revision(web: Web, address: HubAddress) -> tuple[str, list[HubFile]]:
 def _read_sibling(item: Any, what: str) -> HubFile:
     try:
         path, lfs = item["rfilename"], item.get("lfs")
-        size, digest = (lfs["size"], lfs["sha256"]) if lfs else (item["size"], item["blobId"])
-        pattern, method = (_SHA256, "sha256") if lfs else (_COMMIT, "git")
-        if not isinstance(path, str) or type(size) is not int or size < 0 or not pattern.match(digest):
+        size, digest = (
+            (lfs["size"], digest_of(SHA256, lfs["sha256"])) if lfs else (item["size"], digest_of(GIT, item["blobId"]))
+        )
+        if not isinstance(path, str) or type(size) is not int or size < 0 or not digest:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         name = item.get("rfilename") if isinstance(item, dict) else item
         raise Damaged(f"{what} does not say size and digest of {str(name)[:200]!r}") from exc
-    return HubFile(path, size, f"{method}:{digest}")
+    return HubFile(path, size, digest)
 
 
 def _check_status(answer: Answer, web: Web, address: HubAddress) -> None:
@@ -370,7 +369,7 @@ def _fetch(store: Store, web: Web, plan: HubPlan, item: HubFile, task: Task) -> 
         growth = _Growth(file, item, task)
         for _ in range(_TRIES):
             web.persist(f"{plan.address}, file {item.path}", lambda: _go_on(web, plan, url, growth), growth.size)
-            oid = _prove(file, item)
+            oid = prove(file, item.digest)
             if oid:
                 return oid
             growth.restart()
@@ -441,18 +440,3 @@ def _go_on(web: Web, plan: HubPlan, url: str, growth: _Growth) -> None:
             growth.tell()
     if growth.size() < item.size:
         raise Passing(f"the answer ended after {growth.size()} of {item.size} bytes")
-
-
-def _prove(file: BinaryIO, item: HubFile) -> ObjectId | None:
-    """The id of a partial whose bytes have the hub's digest; None if they have not."""
-    method, _, expected = item.digest.partition(":")
-    digest = hashlib.sha256() if method == "sha256" else hashlib.sha1(b"blob %d\0" % item.size, usedforsecurity=False)
-    whole = IdHasher()
-    try:
-        file.seek(0)
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            whole.update(block)
-    except OSError as exc:
-        raise from_os_error(exc, f"reading {file.name}") from exc
-    return whole.id() if digest.hexdigest() == expected else None

@@ -2,8 +2,8 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmos_cli.errors import Damaged, Unsafe, UsageError, from_os_error
@@ -16,36 +16,49 @@ from llmos_cli.formats.tensors import find_tensors
 from llmos_cli.progress import Progress
 from llmos_cli.store.bases import Base, NewFile, find_base, open_base
 from llmos_cli.store.handle import Store
-from llmos_cli.store.ingest import reader, status_of
+from llmos_cli.store.hfcache import cached_file, snapshot_folder
+from llmos_cli.store.ingest import check_unchanged, reader, status_of
+from llmos_cli.store.ollama import models_folder, read_ollama
+from llmos_cli.store.proof import require_digest
 from llmos_cli.store.statcache import recall
 from llmos_cli.store.transaction import Commit, Transaction, begin
 
 
 @dataclass(frozen=True)
 class AddPlan:
-    """`files` are (name in the store, path); `skipped` are (path, reason): links, fifos and devices in a folder."""
+    """`files` are (name in the store, path); `skipped` are (path, reason): links, fifos and devices in a folder.
+    `digests` are what files must have, by name, where they come from a store that names them so."""
 
     kind: str
     files: tuple[tuple[str, Path], ...]
     total_bytes: int
     skipped: tuple[tuple[str, str], ...]
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_add(paths: Sequence[Path]) -> AddPlan:
-    """Decide what `add` would store. A folder's files keep their paths inside it; single files keep their names.
+    """Decide what `add` would store. A folder's files keep their paths inside it; single files keep their names. A path
+    into the cache of Hugging Face's tools means a snapshot's files, a manifest of Ollama's the blobs it names.
 
     Raises NotFound, AccessDenied, UsageError (nothing to add) or Unsafe (a name no system can hold, or two that
     collide), before anything is read.
     """
     files: list[tuple[str, Path]] = []
     skipped: list[tuple[str, str]] = []
-    for path in paths:
+    digests: dict[str, str] = {}
+    for given in paths:
+        path = snapshot_folder(given)
         try:
             mode = path.stat().st_mode
         except OSError as exc:
             raise from_os_error(exc, f"looking at {path}") from exc
         if stat.S_ISDIR(mode):
             files.extend(_walk(path, skipped))
+        elif stat.S_ISREG(mode) and (folder := models_folder(path)):
+            model = read_ollama(path, folder)
+            files += [(name, blob) for name, blob, _ in model.files]
+            skipped += model.skipped
+            digests |= {name: digest for name, _, digest in model.files}
         elif stat.S_ISREG(mode):
             files.append((path.name, path))
         else:
@@ -60,7 +73,11 @@ def plan_add(paths: Sequence[Path]) -> AddPlan:
     total = sum(path.stat().st_size for _, path in files)
     named = dict(files)
     kind = kind_of(named.keys(), lambda name: named[name].read_bytes())
-    return AddPlan(kind, tuple(files), total, tuple(skipped))
+    for name, path in files:
+        digest = cached_file(path)[1] if path.is_symlink() else None
+        if digest:
+            digests[name] = digest
+    return AddPlan(kind, tuple(files), total, tuple(skipped), digests)
 
 
 def execute_add(
@@ -80,16 +97,28 @@ def execute_add(
 
     Tensors rest on the manifest `base`, or on whichever stored model they are found to resemble. `kept` are files that
     belong to it and are in the store already; `recipe` says, of all files, how they were made. Raises UsageError if
-    `base` has no tensors.
+    `base` has no tensors, Damaged if a file does not have the digest it must have.
     """
     for path, reason in plan.skipped:
         progress.warn(f"skipped {path}: {reason}")
     with begin(store, purpose="adding", ref=ref, progress=progress, total=plan.total_bytes) as tx:
         tx.base = _explicit_base(store, base) if base else _find_base(tx, plan)
-        entries = tuple(tx.add_path(name, path, rehash=rehash, adopt=adopt) for name, path in plan.files) + tuple(kept)
+        added = tuple(_add(tx, name, path, plan.digests.get(name), rehash, adopt) for name, path in plan.files)
+        entries = added + tuple(kept)
         count = f"{len(entries)} files" if len(entries) > 1 else entries[0].path
         manifest = Manifest(plan.kind, entries, recipe=recipe(entries) if recipe else None)
         return tx.commit(manifest, message=message or f"add {count}")
+
+
+def _add(tx: Transaction, name: str, path: Path, digest: str | None, rehash: bool, adopt: bool) -> FileEntry:
+    """Store a file; one that must have a digest is proven first, unless it was and has not been touched since."""
+    before = status_of(path)
+    if digest and (rehash or recall(tx.store, name, path) is None):
+        require_digest(path, digest)
+    entry = tx.add_path(name, path, rehash=rehash, adopt=adopt)
+    if digest:
+        check_unchanged(path, before, status_of(path))
+    return entry
 
 
 def _explicit_base(store: Store, oid: ObjectId) -> Base:
@@ -121,7 +150,7 @@ def _walk(root: Path, skipped: list[tuple[str, str]], depth: int = 1) -> Iterato
     for child in children:
         path = Path(child.path)
         if child.is_symlink():
-            if _is_cached_blob(path):
+            if cached_file(path)[0]:
                 yield child.name, path
             else:
                 skipped.append((str(path), "a symbolic link"))
@@ -135,15 +164,6 @@ def _walk(root: Path, skipped: list[tuple[str, str]], depth: int = 1) -> Iterato
             yield child.name, path
         else:
             skipped.append((str(path), "not a regular file"))
-
-
-def _is_cached_blob(path: Path) -> bool:
-    """Hugging Face caches hold links to blobs: such a link is that file, by its own name."""
-    try:
-        target = path.resolve(strict=True)
-    except (OSError, RuntimeError):  # a link to nowhere, or to itself
-        return False
-    return target.is_file() and target.parent.name == "blobs"
 
 
 def kind_of(names: Set[str], read: Callable[[str], bytes]) -> str:

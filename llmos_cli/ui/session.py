@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Session:
     """`store_path` is --store, `env_store` is $LLMOS_STORE and `safe_stores` $LLMOS_SAFE_STORES, the folders of other
-    users' stores that may be opened; they and `home` come from the environment."""
+    users' stores that may be opened, `ollama_models` where ollama keeps its models; they and `home` come from the
+    environment."""
 
     store_path: Path | None
     env_store: str | None
@@ -26,6 +27,7 @@ class Session:
     home: Path
     out: Output
     safe_stores: str = ""
+    ollama_models: str = ""
 
     @property
     def json(self) -> bool:

@@ -30,8 +30,8 @@ from llmos_cli.errors import (
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.safetensors import encode_header
 from llmos_cli.progress import Silent
+from llmos_cli.remote.download import Patience, Web
 from llmos_cli.remote.hub import HubAddress, HubPlan, HubResult, execute_hub_pull, parse_hub_address, plan_hub_pull
-from llmos_cli.remote.web import Patience, Web
 from llmos_cli.store.gc import plan_gc
 from llmos_cli.store.handle import Store
 from llmos_cli.store.objects import read_file, read_manifest

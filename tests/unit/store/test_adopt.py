@@ -129,8 +129,8 @@ def test_a_link_to_a_blob_adopts_the_blob(store: Store, lab: Any, tmp_path: Path
     blob = tmp_path / "blobs" / "abc"
     blob.parent.mkdir()
     blob.write_bytes(model(lab))
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
     (snapshot / "m.safetensors").symlink_to(blob)
     assert [item.how for item in adopt(store, "m", snapshot).adoptions] == [HARDLINK]
     assert os.path.samefile(only(store), blob)
