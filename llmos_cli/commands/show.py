@@ -55,7 +55,8 @@ def show(
     with here.open_store() as store:
         source = resolve(store, ref)
         manifest = read_manifest(store, source.id)
-        labels = ref_labels(store)
+        made_from = manifest.recipe.inputs.values() if manifest.recipe else ()
+        labels = ref_labels(store, [source.id, *made_from])
         census = take_census(store, manifest)
         if tensors and not census.tensors and not census.problems:
             raise NotFound(f"{source.label} has no tensors", hint=f"see its files: llmos show {ref} --files")

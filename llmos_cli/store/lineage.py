@@ -4,7 +4,7 @@ Reads manifests only. An input that is not in the store (pulled without its hist
 is said to be missing; it is no error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest, Recipe
 from llmos_cli.store.handle import Store
 from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.refs import RefEntry, ref_history, sound_refs
+from llmos_cli.store.refs import RefEntry, ref_history, refs_naming, sound_refs
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ def trace(store: Store, root: ObjectId) -> Lineage:
     return Lineage(root, objects)
 
 
-def ref_labels(store: Store) -> dict[ObjectId, tuple[str, ...]]:
-    """How to name each object that a ref points or pointed to: current refs first, then `name:tag~N`."""
+def ref_labels(store: Store, of: Iterable[ObjectId] | None = None) -> dict[ObjectId, tuple[str, ...]]:
+    """How to name each object that a ref points or pointed to, or at least these: current refs first, then
+    `name:tag~N`."""
     current: dict[ObjectId, list[str]] = {}
     earlier: dict[ObjectId, list[str]] = {}
-    for entry in sound_refs(store):
+    for entry in sound_refs(store) if of is None else refs_naming(store, of):
         current.setdefault(entry.id, []).append(str(entry.ref))
         for back, move in enumerate(_moves(store, entry)):
             if back:

@@ -7,6 +7,7 @@ the ref deleted and made anew) finds that its move does not follow the value it 
 
 import contextlib
 import os
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def sound_refs(store: Store) -> list[RefEntry]:
     for ref in ref_names(store):
         with contextlib.suppress(Damaged):
             found.append(read_ref(store, ref))
+    return [entry for entry in found if entry]
+
+
+def refs_naming(store: Store, manifests: Iterable[ObjectId]) -> list[RefEntry]:
+    """The refs that can be read and one of whose moves names one of these: only these are decoded."""
+    texts = [str(oid).encode() for oid in manifests]
+    found = []
+    for ref in ref_names(store):
+        with contextlib.suppress(Damaged):
+            if any(text in data for data in _texts(_folder(store, ref)) for text in texts):
+                found.append(read_ref(store, ref))
     return [entry for entry in found if entry]
 
 
@@ -237,6 +249,18 @@ def _subfolders(store: Store, path: Path) -> list[str]:
         return []
     except OSError as exc:
         raise from_os_error(exc, f"listing {path}") from exc
+
+
+def _texts(folder: Path) -> Iterator[bytes]:
+    """What is written in the files of a ref's folder, as it is."""
+    try:
+        for name in os.listdir(folder):
+            with open(os.path.join(folder, name), "rb") as file:
+                yield file.read(limits.REF_FILE_BYTES)
+    except FileNotFoundError:
+        return  # removed, or trimmed, meanwhile
+    except OSError as exc:
+        raise from_os_error(exc, f"reading {folder}") from exc
 
 
 def _folder(store: Store, ref: RefName) -> Path:

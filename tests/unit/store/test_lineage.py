@@ -22,3 +22,12 @@ def test_a_lineage_goes_down_to_what_is_there(store: Store, lab: Any) -> None:
 def test_earlier_values_have_a_name_too(store: Store, lab: Any) -> None:
     first, second = lab.add("x", {"f": b"1"}), lab.add("x", {"f": b"2"})
     assert ref_labels(store) == {second.id: ("x:latest",), first.id: ("x:latest~1",)}
+
+
+def test_only_what_is_asked_for_is_read(store: Store, lab: Any) -> None:
+    first, second = lab.add("x", {"f": b"1"}), lab.add("x", {"f": b"2"})
+    other = lab.add("y", {"f": b"3"})
+    every = ref_labels(store)
+    assert ref_labels(store, [other.id]) == {other.id: every[other.id]}
+    assert ref_labels(store, [first.id]) == {oid: every[oid] for oid in (first.id, second.id)}
+    assert ref_labels(store, []) == {}
