@@ -54,8 +54,11 @@ def _of_file_system(store: Store, now: float | None) -> float | None:
     probe = durable.temp_path(store.tmp)
     try:
         durable.write_volatile(probe, b"")
+    except (AccessDenied, NoSpace):
+        return None
+    try:
         made = probe.stat().st_mtime
-    except (AccessDenied, NoSpace, FileNotFoundError):
+    except FileNotFoundError:
         return None
     finally:
         durable.remove(probe)
