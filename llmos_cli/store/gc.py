@@ -302,7 +302,8 @@ def _restore_needed(store: Store, ready: set[ObjectId]) -> int:
                 continue
             found = _proven_depth(store, entry.id, most) if name in ready else None
             if found is None and (name in ready or not find_holder(store, entry.id)):
-                restore_pack(store, name, path, read_pack(path))
+                with contextlib.suppress(NotFound):  # another gc was faster, one way or the other
+                    restore_pack(store, name, path, read_pack(path))
                 break
             if found is not None:
                 whole[entry.id] = found

@@ -176,7 +176,11 @@ def test_writers_readers_and_gcs_at_once(
         with opened(store) as mine:
             count = 0
             while time.monotonic() < until:
-                count += again_if_taken(lambda: collect(mine))
+                try:
+                    count += again_if_taken(lambda: collect(mine))
+                except Damaged as exc:  # a writer has moved its ref and not looked again yet: then a gc stops
+                    if "leases" not in world or "cannot be read" not in exc.message:
+                        raise
             return count
 
     def churning(number: int) -> int:
