@@ -130,7 +130,7 @@ def cost(command: Sequence[str], allowed: tuple[int, ...] = (0,)) -> Cost:
     child = os.posix_spawn(
         command[0],
         command,
-        os.environ,
+        {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},  # as installed
         file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
     )
     _, status, used = os.wait4(child, 0)
