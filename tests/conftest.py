@@ -1,3 +1,4 @@
+import os
 import signal
 from collections.abc import Iterator
 
@@ -37,3 +38,16 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("azurite is not installed: no azurite-blob (npm install -g azurite)")
     with store_servers.azurite(tmp_path_factory.mktemp("azurite"), command) as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="session")
+def hdfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """hdfs://HOST:PORT of $LLMOS_TEST_HDFS, or of a mini cluster from $HADOOP_HOME."""
+    given, hadoop = os.environ.get("LLMOS_TEST_HDFS"), os.environ.get("HADOOP_HOME")
+    if given:
+        yield given
+    elif hadoop:
+        with store_servers.hdfs(tmp_path_factory.mktemp("hdfs"), hadoop) as server:
+            yield server
+    else:
+        pytest.skip("no HDFS: set LLMOS_TEST_HDFS=hdfs://HOST:PORT, or HADOOP_HOME for a mini cluster")

@@ -178,6 +178,8 @@ def test_only_durable_changes_names_on_disk() -> None:
         if module == "store/durable.py":
             continue
         for call, line in calls(module):
+            if call == "self._client.rename" and module == "remote/hdfs.py":
+                continue  # on another machine
             owner, _, name = call.rpartition(".")
             if (owner == "os" and name in steps | {"replace"}) or (owner and name in methods):
                 broken.append(f"{module}:{line} {call}")

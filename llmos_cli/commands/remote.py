@@ -254,11 +254,15 @@ def rm_node(
     nodes: Annotated[
         list[str], typer.Argument(metavar="URL...", help="Nodes, by URL or the start of an id.", show_default=False)
     ],
+    *,
+    lost: Annotated[
+        bool, typer.Option("--lost", help="They never come back: go on without them, however many.")
+    ] = False,
 ) -> None:
-    """Take nodes out of a pool, whether they are there or lost for good.
+    """Take nodes out of a pool, whether they are there or gone.
 
-    What a node holds stays with it. 'llmos remote repair' then makes the copies that are missing; a node that still
-    works is best kept in place until the others have been repaired.
+    What a node that is there holds is first copied to those that will keep it; its own files stay with it. What was
+    only on nodes that are gone is made up from the other copies by the next 'llmos remote repair'.
 
     Examples:
       llmos remote rm-node team /mnt/b
@@ -268,7 +272,7 @@ def rm_node(
     here = session(ctx)
     with here.open_store() as store:
         remote = find_pool_remote(store, name, here.cwd)
-        remote = remove_nodes(store, remote, find_nodes(remote, nodes, here.cwd))
+        remote = remove_nodes(store, remote, find_nodes(remote, nodes, here.cwd), lost=lost)
     _changed(ctx, remote, f"{', '.join(nodes)} no longer in {remote.label}")
 
 
@@ -288,10 +292,33 @@ def _changed(ctx: typer.Context, remote: "PoolRemote", text: str) -> None:
     here.out.hint(f"llmos remote repair {remote.label} moves what has to move")
 
 
+def publish(ctx: typer.Context, name: NameArgument) -> None:
+    """Let web servers give a remote away: write down what it holds.
+
+    A plain web server that serves the remote's files is then a remote itself, for reading: https://HOST/PATH. It must
+    answer requests for a range of bytes. Each later push renews the list.
+
+    Examples:
+      llmos remote publish nas
+      llmos clone https://models.example.org/nas copy
+    """
+    from llmos_cli.remote.listing import publish as write_listing
+    from llmos_cli.remote.open import find_remote, require_ready
+
+    here = session(ctx)
+    with here.open_store() as store:
+        remote = find_remote(store, name, here.cwd)
+        require_ready(remote.transport)
+        keys = write_listing(store, remote.transport)
+    here.out.result({"remote": remote.name, "url": remote.transport.url, "keys": keys})
+    here.out.line(f"published {remote.label}: {plural(keys, 'file')}")
+
+
 SUBCOMMANDS = {
     "add": add,
     "ls": ls,
     "rm": rm,
+    "publish": publish,
     "show": show,
     "status": status,
     "repair": repair,

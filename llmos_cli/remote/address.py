@@ -1,12 +1,14 @@
-"""Addresses of object stores: `s3://BUCKET/PREFIX?endpoint=URL&region=NAME`, `gs://...`, `az://CONTAINER/PREFIX?account=NAME`.
+"""Addresses of far remotes: `s3://BUCKET/PREFIX?endpoint=URL&region=NAME`, `gs://BUCKET/PREFIX`,
+`az://CONTAINER/PREFIX?account=NAME`, `https://HOST/PATH`, `hdfs://HOST/PATH`.
 
 They are kept in config.toml and shown to people, so they hold no secret: a user, a password or an unknown setting in
 one is refused without being repeated. Credentials come from where the cloud's own tools look for them.
 """
 
+import ipaddress
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -23,6 +25,8 @@ SCHEMES: Final = {
     "abfs": "az",
     "abfss": "az",
 }
+WEB_SCHEMES: Final = ("http", "https")
+HDFS_SCHEMES: Final = ("hdfs", "viewfs")
 _SETTINGS: Final = {
     "s3": ("endpoint", "region", "creates"),
     "gs": ("endpoint", "creates"),
@@ -36,6 +40,9 @@ _EXAMPLES: Final = {
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}\Z")
 _VALUE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}\Z")
 _ENDPOINT: Final = re.compile(r"https?://(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?(?:/[A-Za-z0-9._/-]*)?\Z")
+_HDFS: Final = re.compile(
+    r"(?P<scheme>hdfs|viewfs)://(?P<host>[A-Za-z0-9._-]+(?::[0-9]{1,5})?)(?P<path>/[\w./+-]*)\Z", re.I | re.A
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,46 @@ class ObjectAddress:
         path = f"/{self.prefix}" if self.prefix else ""
         words = f"?{urlencode(sorted(self.settings.items()), safe=':/[]')}" if self.settings else ""
         return f"{self.scheme}://{self.bucket}{path}{words}"
+
+
+@dataclass(frozen=True)
+class WebAddress:
+    """A place on a web server; `scheme` is "http" for https:// too."""
+
+    url: str
+    scheme: str = "http"
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.url
+
+
+def parse_web_address(text: str) -> WebAddress:
+    """Read http://... or https://...; raises UsageError, Unsafe for an address of the machine's own network services
+    (169.254.0.0/16, fe80::/10), which no remote has and which give out credentials."""
+    host = urlsplit(text).hostname or "" if text.isprintable() else ""
+    try:
+        link_local = ipaddress.ip_address(host).is_link_local
+    except ValueError:
+        link_local = False
+    if link_local:
+        raise Unsafe(
+            f"{host} is an address of this machine's own network services", hint="use the server's own address"
+        )
+    head, _, rest = text.partition(":")
+    kept = f"{head.lower()}:{rest}".rstrip("/")
+    if not host or ".." in kept or not _ENDPOINT.match(kept):
+        raise UsageError("malformed http address: it may hold no user, password or '?'", hint="write https://HOST/PATH")
+    return WebAddress(kept)
+
+
+def parse_hdfs_address(text: str) -> tuple[str, str]:
+    """Read hdfs://HOST[:PORT]/PATH (or viewfs:); returns the server's part and the path, without a slash at its end.
+    Raises UsageError."""
+    found = _HDFS.match(text)
+    if not found or ".." in found["path"] or "//" in found["path"]:
+        raise UsageError("malformed hdfs address", hint="write hdfs://NAMENODE:PORT/PATH, or hdfs://NAMESERVICE/PATH")
+    return f"{found['scheme'].lower()}://{found['host']}", found["path"].rstrip("/")
 
 
 def parse_address(text: str) -> ObjectAddress:

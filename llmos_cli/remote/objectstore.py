@@ -1,4 +1,4 @@
-"""S3 and its dialects, Google Cloud Storage and Azure Blob as remotes, through obstore.
+"""S3 and its dialects, Google Cloud Storage and Azure Blob as remotes, and the reading half of web servers, by obstore.
 
 A value appears whole or not at all: big ones are sent in parts that the store joins at the end, and until then nobody
 sees them. Requests that fail for a moment are asked again, with growing pauses, for a bounded time; an answer from
@@ -25,7 +25,7 @@ from llmos_cli.formats.ids import IdHasher, ObjectId
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT
 from llmos_cli.progress import Task
 from llmos_cli.remote import locks
-from llmos_cli.remote.address import ObjectAddress
+from llmos_cli.remote.address import ObjectAddress, WebAddress
 from llmos_cli.remote.storeerrors import is_plain_http, is_range_past_end, is_unsure, translate
 from llmos_cli.remote.transport import SlowToAsk, check_key, check_prefix
 
@@ -49,14 +49,14 @@ class Patience:
 class ObjectStoreTransport(SlowToAsk):
     """Bytes under keys, in a bucket below a prefix."""
 
-    def __init__(self, address: ObjectAddress, patience: Patience | None = None) -> None:
+    def __init__(self, address: ObjectAddress | WebAddress, patience: Patience | None = None) -> None:
         self.address = address
         self._patience = patience or Patience()
         self._stores: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         self._answered = False
-        self._plain_http = address.settings.get("endpoint", "").startswith("http:")
+        self._plain_http = address.settings.get("endpoint", str(address)).startswith("http:")
         self._locked = True if "creates" in address.settings else None
 
     @property
@@ -250,7 +250,7 @@ class ObjectStoreTransport(SlowToAsk):
             return self._stores[name]
 
     def _connect(self, role: str) -> Any:
-        from obstore.store import AzureStore, GCSStore, S3Store
+        from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
         patience = self._patience
         budget = patience.budget if self._answered else patience.first
@@ -270,6 +270,8 @@ class ObjectStoreTransport(SlowToAsk):
             "retry_timeout": timedelta(seconds=budget),
         }
         place: dict[str, Any] = {"client_options": client, "retry_config": retry}
+        if isinstance(self.address, WebAddress):
+            return HTTPStore(self.address.url, **place)
         if self.address.prefix:
             place["prefix"] = self.address.prefix
         settings: dict[str, Any] = {key: value for key, value in self.address.settings.items() if key != "creates"}

@@ -6,16 +6,22 @@ A URL never names a program to run: schemes are an allow-list, and nothing here 
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
-from llmos_cli.config import Config
 from llmos_cli.errors import Damaged, NotFound, Unsafe, UsageError, from_os_error
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, check_format
 from llmos_cli.formats.names import RefName
-from llmos_cli.remote.address import SCHEMES, parse_address
+from llmos_cli.remote.address import (
+    HDFS_SCHEMES,
+    SCHEMES,
+    WEB_SCHEMES,
+    parse_address,
+    parse_hdfs_address,
+    parse_web_address,
+)
 from llmos_cli.remote.folder import FolderTransport
 from llmos_cli.remote.members import find_pool, open_pool, split_pool_url
 from llmos_cli.remote.pool import POOL_SCHEME, PoolTransport, pool_url
@@ -46,6 +52,10 @@ def normal_url(text: str, cwd: Path) -> str:
         return pool_url(normal_url(part, cwd) for part in split_pool_url(text))
     if _scheme(text) in SCHEMES:
         return str(parse_address(text))
+    if _scheme(text) in WEB_SCHEMES:
+        return str(parse_web_address(text))
+    if _scheme(text) in HDFS_SCHEMES:
+        return "".join(parse_hdfs_address(text))
     return str(_folder(text, cwd))
 
 
@@ -55,6 +65,14 @@ def open_transport(url: str) -> Transport:
         from llmos_cli.remote.objectstore import ObjectStoreTransport
 
         return ObjectStoreTransport(parse_address(url))
+    if _scheme(url) in WEB_SCHEMES:
+        from llmos_cli.remote.published import WebTransport
+
+        return WebTransport(parse_web_address(url))
+    if _scheme(url) in HDFS_SCHEMES:
+        from llmos_cli.remote.hdfs import HdfsTransport
+
+        return HdfsTransport(*parse_hdfs_address(url))
     root = _folder(url, Path("/"))
     inside = root / STORE_FOLDER
     try:
@@ -171,7 +189,7 @@ def check_remote_name(name: str) -> str:
 
 
 def _save(store: Store, remotes: Mapping[str, str]) -> None:
-    save_config(store, Config(store.config.gc, remotes))
+    save_config(store, replace(store.config, remotes=remotes))
 
 
 def _is_url(text: str) -> bool:

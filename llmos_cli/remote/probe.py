@@ -19,7 +19,10 @@ LINKS: Final = "exclusive names"
 def probe(transport: Transport) -> str:
     """How a ref is moved there, one of the words above; leaves nothing behind but, where it is needed, the mark."""
     from llmos_cli.remote.objectstore import ObjectStoreTransport
+    from llmos_cli.remote.published import WebTransport
 
+    if isinstance(transport, WebTransport):
+        return READ_ONLY
     if not isinstance(transport, ObjectStoreTransport):
         return LINKS
     try:

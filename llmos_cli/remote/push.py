@@ -18,6 +18,7 @@ from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Progress
 from llmos_cli.remote.ancestry import rests_on
 from llmos_cli.remote.catalog import Catalog, list_remote_packs, read_catalog
+from llmos_cli.remote.listing import is_published, publish
 from llmos_cli.remote.open import Remote, is_ready, require_ready
 from llmos_cli.remote.refs import RemoteRef, list_remote_refs, move_remote_ref, read_remote_ref
 from llmos_cli.remote.send import Shipment, plan_shipments, send
@@ -118,6 +119,8 @@ def execute_push(store: Store, remote: Remote, plan: PushPlan, progress: Progres
                 conflicts.append(exc)
         if sent or any(item.moves for item in plan.refs):
             look_again(store, remote, plan, sent, progress)
+            if is_published(remote.transport):
+                publish(store, remote.transport)
         if conflicts:
             raise conflicts[0]
     return PushResult(plan.refs, sum(sent.values()), len(sent), plan.present, plan.present_bytes)

@@ -1,4 +1,4 @@
-"""Real object stores on loopback, for as long as the tests run: Ceph RGW, moto's S3, Azurite.
+"""Real servers on loopback, for as long as the tests run: Ceph RGW, moto's S3, Azurite, HDFS, a web server.
 
 They die with the test runner, even if that is killed.
 """
@@ -125,10 +125,39 @@ def azurite(folder: Path, command: str) -> Iterator[str]:
     (port,) = free_ports(1)
     folder.mkdir(parents=True, exist_ok=True)
     with _processes(folder) as start:
-        place = ("--blobHost", "127.0.0.1", "--blobPort", str(port),)
+        place = (
+            "--blobHost",
+            "127.0.0.1",
+            "--blobPort",
+            str(port),
+        )
         start(command, *place, "--silent", "--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry")
         wait_for_port(port)
         yield f"http://127.0.0.1:{port}/{AZURITE_ACCOUNT}"
+
+
+@contextmanager
+def hdfs(folder: Path, hadoop: str) -> Iterator[str]:
+    """Hadoop's own mini cluster, one name node and one data node."""
+    port, web = free_ports(2)
+    with _processes(folder) as start:
+        command = str(Path(hadoop) / "bin/mapred")
+        start(command, "minicluster", "-nomr", "-format", "-nnport", str(port), "-nnhttpport", str(web))
+        wait_for_port(port, 120)
+        yield f"hdfs://127.0.0.1:{port}"
+
+
+@contextmanager
+def web(folder: Path, logs: Path) -> Iterator[str]:
+    """Static files by HTTP, with ranges."""
+    (port,) = free_ports(1)
+    serve = "import sys, uvicorn; from starlette.applications import Starlette; from starlette.routing import Mount; "
+    serve += "from starlette.staticfiles import StaticFiles; files = Mount('/', StaticFiles(directory=sys.argv[1])); "
+    serve += "uvicorn.run(Starlette(routes=[files]), host='127.0.0.1', port=int(sys.argv[2]))"
+    with _processes(logs) as start:
+        start(sys.executable, "-c", serve, str(folder), str(port))
+        wait_for_port(port)
+        yield f"http://127.0.0.1:{port}"
 
 
 def free_ports(count: int) -> list[int]:

@@ -17,6 +17,7 @@ from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT
 from llmos_cli.progress import Silent
 from llmos_cli.remote.address import ObjectAddress, parse_address
 from llmos_cli.remote.folder import FolderTransport
+from llmos_cli.remote.hdfs import HdfsTransport
 from llmos_cli.remote.members import create_pool
 from llmos_cli.remote.objectstore import ObjectStoreTransport
 from llmos_cli.remote.transport import Transport
@@ -112,6 +113,27 @@ def azure_place(endpoint: str) -> Place:
     return Place(transport, lambda key, data: store.put(key, data) and None, get, lambda key, data: None)
 
 
+def hdfs_place(server: str) -> Place:
+    from hdfs_native import Client, WriteOptions
+
+    root, client = f"/llmos-test/{secrets.token_hex(8)}", Client(server)
+
+    def put(key: str, data: bytes) -> None:
+        with client.create(f"{root}/{key}", WriteOptions(create_parent=True, overwrite=True)) as file:
+            file.write(data)
+
+    def get(key: str) -> bytes | None:
+        try:
+            return bytes(client.read(f"{root}/{key}").read())
+        except FileNotFoundError:
+            return None
+
+    def leave_unfinished(key: str, data: bytes) -> None:
+        put(f"{key.rpartition('/')[0]}/.tmp-0123456789abcdef", data)
+
+    return Place(HdfsTransport(server, root), put, get, leave_unfinished)
+
+
 def make_container(endpoint: str, name: str) -> None:
     """obstore cannot make one."""
     import base64
@@ -137,6 +159,7 @@ def make_container(endpoint: str, name: str) -> None:
         "moto",
         pytest.param("rgw", marks=pytest.mark.ceph),
         pytest.param("azurite", marks=pytest.mark.azurite),
+        pytest.param("hdfs", marks=pytest.mark.hdfs),
     ]
 )
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
@@ -144,6 +167,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         made = folder_place(tmp_path)
     elif request.param == "pool":
         made = pool_place(tmp_path)
+    elif request.param == "hdfs":
+        made = hdfs_place(request.getfixturevalue("hdfs"))
     elif request.param == "azurite":
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", AZURITE_ACCOUNT)
         monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", AZURITE_KEY)
