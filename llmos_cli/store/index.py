@@ -49,10 +49,7 @@ _MALFORMED: Final = " OR ".join(
 _IN_PACK: Final = f"(payload + {HEADER_BYTES + ALIGNMENT - 1}) / {ALIGNMENT} * {ALIGNMENT} + {ENTRY_SIZE}"
 _FEW: Final = 4000  # objects that are looked up one by one rather than sifted out of all
 _BATCH: Final = 4096
-_STORED = (  # as Entry.stored_size, with the bytes in an adopted file
-    f"(({HEADER_BYTES} + payload + {ALIGNMENT - 1}) / {ALIGNMENT} * {ALIGNMENT}) + {ENTRY_SIZE}"
-    f" + (CASE codec WHEN {ADOPTED} THEN plain ELSE 0 END)"
-)
+_STORED: Final = f"{_IN_PACK} + (CASE codec WHEN {ADOPTED} THEN plain ELSE 0 END)"
 _ROW = "o.id, o.base, o.offset, o.payload, o.plain, o.kind, o.codec, o.depth"
 _COMPLETE: Final = 0x6C6C6D6F  # application_id of an index that has been filled once
 _WAL_TRIES: Final = 1000
@@ -247,7 +244,9 @@ class Index:
         rests = "SELECT id, base FROM objects WHERE depth > 0 ORDER BY id"
         ledger = Ledger(bytearray(), array("q"), array("q"), bytearray(), bytearray(), bytearray())
         with self._cursor() as cursor:
-            for ids, plain, depth, stored in _columns(cursor.execute(sums)):
+            cursor.execute(sums)
+            while rows := cursor.fetchmany(_BATCH):
+                ids, plain, depth, stored = zip(*rows, strict=True)
                 ledger.ids.extend(_joined(ids))
                 try:
                     ledger.plain.extend(plain)
@@ -255,7 +254,9 @@ class Index:
                     ledger.is_delta.extend(map(bool, bytes(depth)))
                 except (TypeError, ValueError, OverflowError) as exc:
                     raise _Unusable("a row has a value outside the declared limits", keep=False) from exc
-            for deltas, bases in _columns(cursor.execute(rests)):
+            cursor.execute(rests)
+            while rows := cursor.fetchmany(_BATCH):
+                deltas, bases = zip(*rows, strict=True)
                 ledger.deltas.extend(_joined(deltas))
                 ledger.bases.extend(_joined(bases))
         return ledger
@@ -485,12 +486,6 @@ def _entry(row: Sequence[Any]) -> Entry:
 def _range(prefix: str) -> tuple[bytes, bytes]:
     """The first and the last id that start with a hex prefix."""
     return bytes.fromhex(prefix.ljust(2 * ID_BYTES, "0")), bytes.fromhex(prefix.ljust(2 * ID_BYTES, "f"))
-
-
-def _columns(cursor: sqlite3.Cursor) -> Iterator[tuple[tuple[Any, ...], ...]]:
-    """A long answer by columns, some thousand rows at a time."""
-    while rows := cursor.fetchmany(_BATCH):
-        yield tuple(zip(*rows, strict=True))
 
 
 def _joined(ids: Sequence[object]) -> bytes:

@@ -21,8 +21,18 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become s
 
 
 @pytest.fixture
-def as_user(folder: Path) -> AsUser:
-    """Run one command line as somebody else, in a child; gives its exit code and what it wrote to both streams."""
+def as_user(llmos: Llmos, tmp_path: Path) -> AsUser:
+    """Run one command line as somebody else, in a child; gives its exit code and what it wrote to both streams.
+
+    What others run has run before: whoever they are, they may not be able to read this Python's own files.
+    """
+    first = tmp_path / "first"
+    (tmp_path / "f").write_bytes(b"1")
+    for words in (("init",), ("add", tmp_path / "f", "x"), ("push", tmp_path / "away", "--all"), ("tag", "x", "y")):
+        assert llmos("--store", first, *words).code == 0
+    for words in (("push", tmp_path / "away", "--all"), ("pull", tmp_path / "away", "--all"), ("ls",)):
+        assert llmos("--store", first, "--json", *words).code == 0
+    llmos("--store", "nowhere", "ls")
 
     def run(uid: int, *words: str | Path) -> tuple[int, str]:
         answer_out, answer_in = os.pipe()
@@ -159,16 +169,17 @@ def test_a_shared_remote_serves_several_users(as_user: AsUser, open_folder: Path
         for number in range(8):  # packs fall into several folders, and some of both users into one
             (home / f"f{number}").write_bytes(os.urandom(200))
         os.chown(home, uid, uid)
-        assert as_user(uid, "--store", home / ".llmos", "init")[0] == 0
+        code, said = as_user(uid, "--store", home / ".llmos", "init")
+        assert code == 0, (uid, said)
         for number in range(8):
             assert as_user(uid, "--store", home / ".llmos", "add", home / f"f{number}", f"of-{uid}:v{number}")[0] == 0
     for uid in (ALICE, BOB, ALICE):
         home = open_folder / str(uid)
         code, said = as_user(uid, "--store", home / ".llmos", "push", remote, "--all")
-        assert code == 0, said
+        assert code == 0, (uid, said)
         assert as_user(uid, "--store", home / ".llmos", "tag", f"of-{uid}:v0", "common:" + str(uid))[0] == 0
         code, said = as_user(uid, "--store", home / ".llmos", "push", remote, "--all")
-        assert code == 0, said
+        assert code == 0, (uid, said)
     code, said = as_user(BOB, "--store", open_folder / str(BOB) / ".llmos", "--json", "pull", remote, "--all")
     assert code == 0, said
     listed = json.loads(as_user(BOB, "--store", open_folder / str(BOB) / ".llmos", "--json", "ls")[1])
