@@ -6,13 +6,13 @@ Copies where they no longer belong are removed last, and only while every node i
 its own nodes have been read and found whole: at no moment are there fewer whole copies than `replicas` because of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from llmos_cli.errors import Damaged, LlmosError, NotFound
+from llmos_cli.errors import Damaged, LlmosError, NotFound, PartlyDone
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import IdHasher, ObjectId
 from llmos_cli.formats.layout import REFS, SNAPSHOTS, pack_key
@@ -79,10 +79,11 @@ class Healed:
     failed: tuple[tuple[str, str], ...]
 
 
-def plan_heal(pool: PoolTransport, progress: Progress, *, quick: bool) -> HealPlan:
-    """Decide what to do; with `quick` a copy of the right length counts as whole until it is copied from."""
+def plan_heal(pool: PoolTransport, progress: Progress, *, quick: bool, leaving: Collection[str] = ()) -> HealPlan:
+    """Decide what to do; with `quick` a copy of the right length counts as whole until it is copied from. Nodes that
+    are `leaving` count for nothing but as sources."""
     seen = read_keys(pool, look(pool)) if quick else scrub(pool, progress)
-    blank = tuple(sorted(name for name, node in seen.nodes.items() if node.state == BLANK))
+    blank = () if leaving else tuple(sorted(name for name, node in seen.nodes.items() if node.state == BLANK))
     able = set(seen.asked) | set(blank)
     everybody = all(node.state in (UP, BLANK) for node in seen.nodes.values()) and able == set(seen.nodes)
     moves, lost = [], []
@@ -90,9 +91,9 @@ def plan_heal(pool: PoolTransport, progress: Progress, *, quick: bool) -> HealPl
         if not pack.whole:
             lost.append(pack)
             continue
-        wanted = [name for name in pool.rank(pack.name) if name in able][: pool.members.replicas]
+        wanted = [name for name in pool.rank(pack.name) if name in able.difference(leaving)][: pool.members.replicas]
         to = tuple(name for name in wanted if name not in pack.whole)
-        away = tuple(sorted((pack.whole | pack.bad.keys()) - set(wanted))) if everybody else ()
+        away = tuple(sorted((pack.whole | pack.bad.keys()) - set(wanted))) if everybody and not leaving else ()
         if to or away:
             moves.append(PackMove(pack, to, away))
     keys = [copies for copies in seen.keys.values() if copies.value is not None and able - copies.whole]
@@ -105,7 +106,8 @@ def execute_heal(pool: PoolTransport, plan: HealPlan, tmp: Path, progress: Progr
     for key in plan.settled:
         if key.startswith((f"{REFS}/", f"{SNAPSHOTS}/")):
             pool.settle(key)
-    pool = renew(pool, fill_keys)
+    if plan.renewed:
+        pool = renew(pool, fill_keys)
     failed: list[tuple[str, str]] = []
     keys = _spread_keys(pool, read_keys(pool, look(pool)), failed)
     copies = copied = removed = 0
@@ -124,6 +126,22 @@ def execute_heal(pool: PoolTransport, plan: HealPlan, tmp: Path, progress: Progr
             elif move.away:
                 removed += _remove(pool, move, read=not plan.proven)
     return pool, Healed(copies, copied, removed, keys, tuple(failed))
+
+
+def drain(pool: PoolTransport, leaving: Collection[str], tmp: Path, progress: Progress) -> int:
+    """Copy what nodes that are about to leave have to those that will keep it; returns how many copies that took.
+
+    Raises PartlyDone unless everything has its copies without them.
+    """
+    plan = plan_heal(pool, progress, quick=True, leaving=leaving)
+    healed = execute_heal(pool, plan, tmp, progress)[1]
+    if healed.failed:
+        key, why = healed.failed[0]
+        raise PartlyDone(
+            f"{len(healed.failed)} packs cannot be copied to the nodes that stay ({key}: {why})",
+            hint="see how the pool is: llmos remote status",
+        )
+    return healed.copies
 
 
 def fill_keys(pool: PoolTransport, node: Transport) -> None:

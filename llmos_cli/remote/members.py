@@ -175,8 +175,12 @@ def let_in(
     return _agree(pool, nodes, {**pool.live, member.id: node}, pool.members.majority)
 
 
-def let_go(pool: PoolTransport, leaving: Sequence[str]) -> PoolTransport:
-    """Take nodes out by their ids, be they there, blank or gone; returns the pool as it is then."""
+def let_go(pool: PoolTransport, leaving: Sequence[str], *, lost: bool = False) -> PoolTransport:
+    """Take nodes out by their ids, be they there, blank or gone; returns the pool as it is then.
+
+    As many as a majority can only go if they are `lost` for good: what only they knew is lost then, and were they to
+    come back, those who know no other members would take them for the pool.
+    """
     staying = tuple(node for node in pool.members.nodes if node.id not in leaving)
     if len(staying) < pool.members.replicas and not all(pool.nodes[name].state != UP for name in leaving):
         raise UsageError(
@@ -185,13 +189,13 @@ def let_go(pool: PoolTransport, leaving: Sequence[str]) -> PoolTransport:
     if not staying:
         raise UsageError("a pool keeps at least one node", hint="forget the pool: llmos remote rm")
     majority = pool.members.majority
-    if len(leaving) >= majority and len(leaving) > 1:
+    if len(leaving) >= majority and len(leaving) > 1 and not lost:
         raise UsageError(
             f"{len(leaving)} of {len(pool.members.nodes)} nodes cannot go at once: what only they know would be lost",
-            hint="bring some of them back, or save what the others have: llmos clone NODE-URL DIR",
+            hint="bring some of them back; if they are lost for good: llmos remote rm-node --lost",
         )
     live = {name: node for name, node in pool.live.items() if name not in leaving}
-    return _agree(pool, staying, live, min(majority, len(staying)))
+    return _agree(pool, staying, live, len(staying) if lost else min(majority, len(staying)))
 
 
 def renew(pool: PoolTransport, fill: Callable[[PoolTransport, Transport], None]) -> PoolTransport:

@@ -150,17 +150,20 @@ class PoolTransport(SlowToAsk):
     def size(self, key: str) -> int | None:
         check_key(key)
         problem: LlmosError | None = None
-        found: set[int] = set()
+        found: list[int] = []
+        enough = self.members.replicas if key.startswith(f"{PACKS}/") else 1
         for name, node in self._order(key):
+            if len(found) == enough:
+                break
             try:
                 size = ask_one(partial(node.size, key), stall=self.stall)
             except LlmosError as exc:
                 problem = self._note(name, exc)
                 continue
             if size is not None:
-                found.add(size)
+                found.append(size)
         if found:
-            return self.true_size(key, found)
+            return self.true_size(key, set(found))
         if len(self.nodes) - len(self.live) > self._bearable(key):
             raise self._absent(key, problem)
         return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmos_cli.errors import NotFound, UsageError
-from llmos_cli.remote.heal import fill_keys
+from llmos_cli.remote.heal import drain, fill_keys
 from llmos_cli.remote.members import create_pool, let_go, let_in
 from llmos_cli.remote.open import check_remote_name, find_remote, keep_remote, normal_url, open_transport
 from llmos_cli.remote.pool import PoolTransport
@@ -73,9 +73,11 @@ def find_nodes(remote: PoolRemote, texts: Sequence[str], cwd: Path) -> list[str]
     return list(dict.fromkeys(found))
 
 
-def remove_nodes(store: Store, remote: PoolRemote, nodes: Sequence[str]) -> PoolRemote:
-    """Take nodes out of the pool; what they hold stays with them."""
-    return _renamed(store, remote, let_go(remote.pool, nodes))
+def remove_nodes(store: Store, remote: PoolRemote, nodes: Sequence[str], *, lost: bool) -> PoolRemote:
+    """Take nodes out of the pool. Those that are there give what they have to the others first."""
+    if any(name in remote.pool.live for name in nodes):
+        drain(remote.pool, nodes, store.tmp, store.progress)
+    return _renamed(store, remote, let_go(remote.pool, nodes, lost=lost))
 
 
 def _renamed(store: Store, remote: PoolRemote, pool: PoolTransport) -> PoolRemote:

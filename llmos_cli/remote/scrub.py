@@ -142,7 +142,7 @@ def scrub(pool: PoolTransport, progress: Progress, percent: float = 100.0) -> Su
     count = round(len(seen.packs) * percent / 100) if percent < 100 else len(seen.packs)
     chosen = set(random.sample(sorted(seen.packs), min(len(seen.packs), max(count, 1 if percent > 0 else 0))))
     work = [(seen.packs[pack], name) for pack in sorted(chosen) for name in sorted(seen.packs[pack].whole)]
-    keys = {key: _read_copies(key, copies, live) for key, copies in seen.keys.items()}
+    keys = _read_all(seen, live)
     bad: defaultdict[ObjectId, dict[str, str]] = defaultdict(dict)
 
     def check(item: tuple[PackCopies, str]) -> tuple[PackCopies, str, str | None]:
@@ -168,8 +168,7 @@ def scrub(pool: PoolTransport, progress: Progress, percent: float = 100.0) -> Su
 def read_keys(pool: PoolTransport, seen: Survey) -> Survey:
     """The same survey with the values of what lies on all nodes."""
     live = {name: node for name, node in pool.live.items() if name in seen.asked}
-    keys = {key: _read_copies(key, copies, live) for key, copies in seen.keys.items()}
-    return Survey(seen.nodes, seen.replicas, seen.asked, seen.packs, keys, seen.read)
+    return Survey(seen.nodes, seen.replicas, seen.asked, seen.packs, _read_all(seen, live), seen.read)
 
 
 def verify(node: Transport, pack: ObjectId, size: int) -> str | None:
@@ -201,6 +200,14 @@ def _copies(pool: PoolTransport, pack: ObjectId, sizes: Mapping[str, int]) -> Pa
     size = pool.true_size(pack_key(pack), set(sizes.values()))
     bad = {name: f"has {there} bytes, not {size}" for name, there in sizes.items() if there != size}
     return PackCopies(pack, size, frozenset(sizes.keys() - bad.keys()), bad)
+
+
+def _read_all(seen: Survey, live: Mapping[str, Transport]) -> dict[str, KeyCopies]:
+    def read(copies: KeyCopies) -> KeyCopies:
+        return _read_copies(copies.key, copies, live)
+
+    with closing(in_order(read, seen.keys.values(), workers=_STREAMS)) as found:
+        return {copies.key: copies for copies in found}
 
 
 def _read_copies(key: str, copies: KeyCopies, live: Mapping[str, Transport]) -> KeyCopies:

@@ -17,9 +17,9 @@ from llmos_cli.formats.pool import CARD_KEY
 from llmos_cli.progress import Silent, Task
 from llmos_cli.remote.ballot import pending
 from llmos_cli.remote.folder import FolderTransport
-from llmos_cli.remote.heal import Healed, execute_heal, fill_keys, plan_heal
+from llmos_cli.remote.heal import Healed, drain, execute_heal, fill_keys, plan_heal
 from llmos_cli.remote.members import create_pool, find_pool, let_go, let_in, open_pool
-from llmos_cli.remote.open import Remote
+from llmos_cli.remote.open import Remote, open_transport
 from llmos_cli.remote.pool import PoolTransport, shortfall, tolerate
 from llmos_cli.remote.pull import execute_pull, plan_pull
 from llmos_cli.remote.push import execute_push, plan_push
@@ -408,6 +408,67 @@ def test_nodes_that_come_and_go_move_their_share(exchange: Exchange, new_pool: A
     there = exchange.store("there")
     pool.pull(there)
     assert same(exchange, there, wanted)
+
+
+def test_a_node_that_leaves_gives_what_it_has_first(exchange: Exchange, new_pool: Any) -> None:
+    """With one copy of each pack, nobody else has it."""
+    pool, here = new_pool(3, 1), exchange.store("here")
+    wanted = fill(exchange, here, 9)
+    pool.push(here)
+    held = {name for name, nodes in pool.copies().items() if nodes == ["n1"]}
+    assert held
+    opened = pool.open()
+    leaving = [name for name, node in opened.nodes.items() if node.url.endswith("n1")]
+    assert drain(opened, leaving, here.tmp, Silent()) == len(held)
+    let_go(opened, leaving)
+    shutil.rmtree(pool.folder / "n1")
+    there = exchange.store("there")
+    pool.pull(there)
+    assert same(exchange, there, wanted)
+    assert plan_heal(pool.open(), Silent(), quick=False).has_work is False
+
+
+def test_when_most_nodes_are_lost_for_good_the_rest_goes_on(exchange: Exchange, new_pool: Any) -> None:
+    pool, here = new_pool(3, 3), exchange.store("here")
+    wanted = fill(exchange, here, 3)
+    pool.push(here)
+    shutil.rmtree(pool.folder / "n0")
+    shutil.rmtree(pool.folder / "n2")
+    opened = pool.open()
+    gone = [name for name, node in opened.nodes.items() if node.state == "blank"]
+    with pytest.raises(UsageError, match="2 of 3 nodes cannot go at once") as caught:
+        let_go(opened, gone)
+    assert "rm-node --lost" in str(caught.value.hint)
+    let_go(opened, gone, lost=True)
+    for name in ("n3", "n4"):
+        let_in(pool.open(), str(pool.folder / name), FolderTransport(pool.folder / name), fill_keys)
+    assert pool.heal(here).copies == 6
+    exchange.commit(here, "more", a=b"more")
+    pool.push(here)
+    there = exchange.store("there")
+    pool.pull(there)
+    assert same(exchange, there, {**wanted, "more": {"a.bin": b"more"}})
+
+
+def test_nodes_may_be_of_different_kinds(
+    exchange: Exchange, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = request.getfixturevalue("moto")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    here = exchange.store("here")
+    wanted = fill(exchange, here, 4)
+    urls = [str(tmp_path / "n0"), str(tmp_path / "n1"), server.url(f"node-{tmp_path.name}")]
+    pool = create_pool(urls, 2, open_transport, print)
+    remote = Remote("pool", pool)
+    execute_push(here, remote, plan_push(here, remote, None, force=False), Silent())
+    shutil.rmtree(tmp_path / "n0")
+    remote = Remote("pool", open_pool(urls[2:], open_transport, print))
+    there = exchange.store("there")
+    execute_pull(there, remote, plan_pull(there, remote, None, force=False), Silent())
+    assert same(exchange, there, wanted)
+    healed = execute_heal(remote.transport, plan_heal(remote.transport, Silent(), quick=False), here.tmp, Silent())
+    assert look(healed[0]).under_replicated == ()
 
 
 def test_any_node_tells_where_the_pool_is(exchange: Exchange, new_pool: Any) -> None:
