@@ -31,6 +31,7 @@ from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName, parse_ref
 from llmos_cli.formats.safetensors import encode_header
 from llmos_cli.progress import Silent
+from llmos_cli.remote.repair import find_sources, repair
 from llmos_cli.store import durable
 from llmos_cli.store.add import execute_add, plan_add
 from llmos_cli.store.checkout import execute_checkout, plan_checkout
@@ -42,6 +43,7 @@ from llmos_cli.store.packs import list_packs, read_pack, sync_index
 from llmos_cli.store.point import point
 from llmos_cli.store.refs import delete_ref, list_refs, read_ref
 from llmos_cli.store.repack import execute_repack, plan_repack
+from llmos_cli.store.settings import mend_settings
 from llmos_cli.store.transaction import Tensor, begin
 from llmos_cli.store.undelete import execute_undelete, plan_undelete
 
@@ -420,6 +422,55 @@ def test_a_checkout_killed_at_any_step(harness: ModuleType, scratch: Path) -> No
     root = scratch / "recorded"
     shutil.copytree(before, root)
     assert harness.misordered(harness.record(root, lambda: work(root))) == []
+
+
+def test_a_repair_killed_at_any_step(harness: ModuleType, scratch: Path) -> None:
+    """Of four packs one has a flipped bit, one is gone, one lacks its end; a move and config.toml have a flipped bit. A
+    copy has all. Nothing gets worse, and the next repair ends where it should."""
+    before = scratch / "before"
+    init_store(before / "store")
+    with open_store(before / "store") as store:
+        for number in range(4):
+            commit(store, f"r{number}", {"f": noise(number)})
+        names = sorted(list_packs(store.packs).values())
+        whole = state(store)
+    shutil.copytree(before / "store", before / "copy")
+    flip(names[0], 9000)
+    names[1].unlink()
+    names[2].chmod(0o644)
+    os.truncate(names[2], names[2].stat().st_size - 70)
+    flip(before / "store" / "refs" / "r3" / "latest" / "0000000001", 30)
+    flip(before / "store" / "config.toml", 3)
+
+    def work(folder: Path) -> None:
+        mend_settings(folder / "store")
+        with open_store(folder / "store") as store:
+            repair(store, find_sources(store, [str(folder / "copy")], folder), quick=False, progress=Silent())
+
+    def hurt(folder: Path) -> int:
+        mend_settings(folder / "store")
+        with open_store(folder / "store") as store:
+            return len(problems(store))
+
+    shutil.copytree(before, scratch / "twin")
+    worst = hurt(scratch / "twin")
+    assert worst >= 4
+
+    def examine(folder: Path, where: str) -> None:
+        assert hurt(folder) <= (worst if where else 0), where
+        work(folder)
+        with open_store(folder / "store") as store:
+            assert problems(store) == [], where
+            assert state(store) == whole, where
+
+    assert harness.sweep(before, scratch / "now", work, examine, every=harness.usually(2)) > 20
+
+
+def flip(path: Path, at: int) -> None:
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
 def test_killed_fifty_times_at_random(scratch: Path) -> None:

@@ -15,7 +15,6 @@ from llmos_cli.store.pipeline import cores
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
-
 ALLOWED = 400e6 + 64e6 * cores()
 SIZE = int(1.6 * ALLOWED) // MIB * MIB
 
