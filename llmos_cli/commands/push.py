@@ -27,12 +27,13 @@ def push(
     degraded: Annotated[
         bool, typer.Option("--allow-degraded", help="Let a pool take fewer copies than it should.")
     ] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="With --all: remove refs there that are not here.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be sent.")] = False,
 ) -> None:
     """Send refs and what they need to a remote.
 
     Only what the remote lacks is sent; it is confirmed there before a ref moves. A push that was stopped goes on where
-    it was. The first push makes the remote.
+    it was. The first push makes the remote. --prune removes refs only: what they named stays there until a gc.
 
     Examples:
       llmos push nas tiny
@@ -42,11 +43,14 @@ def push(
     from llmos_cli.formats.names import parse_ref
     from llmos_cli.remote.open import find_remote
     from llmos_cli.remote.pool import shortfall, tolerate
+    from llmos_cli.remote.prune import remove_there, surplus_there
     from llmos_cli.remote.push import execute_push, plan_push
 
     here = session(ctx)
     if bool(refs) == everything:
         raise UsageError("name the refs to push, or use --all", hint=f"llmos push {remote} --all")
+    if prune and not everything:
+        raise UsageError("--prune goes with --all", hint=f"llmos push {remote} --all --prune --dry-run")
     wanted = [parse_ref(text) for text in refs or []]
     start = time.monotonic()
     with here.open_store() as store:
@@ -54,7 +58,10 @@ def push(
         if degraded:
             tolerate(target.transport)
         plan = plan_push(store, target, None if everything else wanted, force=force)
+        surplus = surplus_there(store, target, here.out.progress) if prune and not plan.initialise else ()
         done = None if dry_run else execute_push(store, target, plan, here.out.progress)
+        for seen in () if dry_run else surplus:
+            remove_there(target.transport, seen, here.out.progress)
     seconds = time.monotonic() - start
     sent = done.sent if done else plan.total_bytes
     packs = done.packs if done else len(plan.shipments)
@@ -70,6 +77,8 @@ def push(
         "packs": packs,
         "present": plan.present,
         "present_bytes": plan.present_bytes,
+        "signatures": done.signed if done else None,
+        "pruned": [str(seen.ref) for seen in surplus],
         "dry_run": dry_run,
         "degraded_packs": shortfall(target.transport),
         "seconds": round(seconds, 3),
@@ -79,10 +88,15 @@ def push(
     for item in plan.refs:
         if item.moves:
             here.out.line(f"{would} {item.ref} @{item.id.short} to {target.label} ({_DONE[item.status]})")
+    signed = done.signed if done else 0
+    if signed:
+        here.out.line(f"gave {target.label} {plural(signed, 'signature')}")
+    for seen in surplus:
+        here.out.line(f"{'would remove' if dry_run else 'removed'} {seen.ref} at {target.label}")
     unchanged = sum(not item.moves for item in plan.refs)
     if not plan.refs:
         here.out.line("nothing to push: the store has no refs")
-    elif unchanged == len(plan.refs) and not packs:
+    elif unchanged == len(plan.refs) and not packs and not signed:
         here.out.line(f"{target.label} is up to date: {plural(unchanged, 'ref')}")
     elif unchanged:
         here.out.line(f"{plural(unchanged, 'ref')} unchanged")
