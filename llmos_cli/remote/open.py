@@ -61,6 +61,8 @@ def normal_url(text: str, cwd: Path) -> str:
 
 def open_transport(url: str) -> Transport:
     """The transport for a URL from `normal_url`. DIR/.llmos is meant where DIR holds a store."""
+    if url.startswith(POOL_SCHEME):
+        return open_remote(url, lambda message: None)
     if _scheme(url) in SCHEMES:
         from llmos_cli.remote.objectstore import ObjectStoreTransport
 

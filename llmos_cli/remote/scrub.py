@@ -15,7 +15,6 @@ from llmos_cli.errors import LlmosError, NotFound
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import IdHasher, ObjectId, object_id
 from llmos_cli.formats.layout import REFS, SNAPSHOTS, pack_key
-from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Progress
 from llmos_cli.remote.catalog import list_remote_packs
 from llmos_cli.remote.fanout import ask_all
@@ -86,7 +85,8 @@ class Survey:
 
     @property
     def refs(self) -> int:
-        return len({RefName(*key.split("/")[1:3]) for key in self.keys if key.startswith(f"{REFS}/")})
+        moves = [key for key in self.keys if is_move(key, b"") is not None]
+        return len({key.rpartition("/")[0] for key in moves})
 
     @property
     def lagging(self) -> tuple[str, ...]:
@@ -192,8 +192,8 @@ def key_problem(key: str, value: bytes) -> str | None:
 
 
 def _shared_keys(node: Transport) -> list[str]:
-    keys = [key for key, _ in node.list(f"{REFS}/") if is_move(key, b"") is not None]
-    return keys + [key for key, _ in node.list(f"{SNAPSHOTS}/")]
+    """Moves and what lies beside them, snapshots."""
+    return [key for prefix in (REFS, SNAPSHOTS) for key, _ in node.list(f"{prefix}/")]
 
 
 def _copies(pool: PoolTransport, pack: ObjectId, sizes: Mapping[str, int]) -> PackCopies:
