@@ -20,6 +20,7 @@ from llmos_cli.errors import LlmosError, Unsafe, from_os_error
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import Buffer
 from llmos_cli.formats.names import check_path
+from llmos_cli.store.forks import ForkLock
 
 TEMP_PREFIX: Final = ".tmp-"
 LINK_SUFFIX: Final = ".link"  # of a temporary name for somebody else's file
@@ -27,6 +28,8 @@ _TRIES: Final = 20
 _OPEN_FOLDERS: Final = 2 * limits.PATH_DEPTH
 _FICLONE: Final = 0x40049409  # <linux/fs.h>: share another file's blocks, copy-on-write
 _REAL_TROUBLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # not just "cannot be done here"
+
+_making_folders = ForkLock()  # or a thread would take after a folder that another has not opened yet
 
 
 def temp_path(folder: Path) -> Path:
@@ -192,7 +195,8 @@ def make_folder(path: Path, *, mode: int | None = None) -> None:
     with _reporting(f"creating {path}"):
         for attempt in range(_TRIES):
             try:
-                _make_missing(path, mode)
+                with _making_folders:
+                    _make_missing(path, mode)
                 return
             except FileNotFoundError:  # somebody removed an empty parent meanwhile
                 if attempt == _TRIES - 1:
