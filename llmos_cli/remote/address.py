@@ -58,6 +58,9 @@ class ObjectAddress:
     def with_locks(self) -> "ObjectAddress":
         return replace(self, settings={**self.settings, "creates": "locks"})
 
+    def without_locks(self) -> "ObjectAddress":
+        return replace(self, settings={key: value for key, value in self.settings.items() if key != "creates"})
+
     def __str__(self) -> str:
         path = f"/{self.prefix}" if self.prefix else ""
         words = f"?{urlencode(sorted(self.settings.items()), safe=':/[]')}" if self.settings else ""

@@ -30,7 +30,7 @@ from llmos_cli.remote.storeerrors import is_plain_http, is_range_past_end, is_un
 from llmos_cli.remote.transport import SlowToAsk, check_key, check_prefix
 
 _PART_BYTES: Final = 8 * limits.MiB
-_PARTS: Final = 4  # parts of one value that are under way together
+_PARTS: Final = 8  # parts of one value that are under way together
 _MARKER_TEXT: Final = b"values here are created by way of lock objects\n"
 
 

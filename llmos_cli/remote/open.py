@@ -117,7 +117,7 @@ def add_remote(store: Store, name: str, url: str, cwd: Path) -> str:
     check_remote_name(name)
     kept = normal_url(url, cwd)
     known = store.config.remotes.get(name)
-    if known not in (None, kept, f"{kept}&creates=locks", f"{kept}?creates=locks"):
+    if known and kept not in (known, _without_locks(known)):
         raise UsageError(f"remote {name!r} is {known} already", hint=f"llmos remote rm {name}")
     transport = open_remote(kept, store.progress.warn)
     is_ready(transport)
@@ -196,6 +196,11 @@ def _save(store: Store, remotes: Mapping[str, str]) -> None:
 
 def _is_url(text: str) -> bool:
     return text in (".", "..") or "/" in text or ":" in text
+
+
+def _without_locks(url: str) -> str:
+    """The URL as it was before `add_locks`."""
+    return str(parse_address(url).without_locks()) if _scheme(url) in SCHEMES else url
 
 
 def _scheme(text: str) -> str:

@@ -1,12 +1,15 @@
 """Push and pull over a bad network, and to gateways that lie: bounded in time, resumable, and never anything visible
 that is wrong. The server is Ceph's gateway where it is installed, else moto; a proxy before it makes the faults."""
 
+import json
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +17,11 @@ import store_servers
 from fault_proxy import Fault, FaultProxy, Request, fault_proxy, flipped
 from store_servers import S3Server
 
-from llmos_cli.errors import AccessDenied, Conflict, LlmosError, NoSpace, RemoteUnavailable
+from llmos_cli.app import main
+from llmos_cli.errors import AccessDenied, Busy, Conflict, LlmosError, NoSpace, RemoteUnavailable
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.progress import Silent
+from llmos_cli.remote import locks
 from llmos_cli.remote import probe as probing
 from llmos_cli.remote.address import parse_address
 from llmos_cli.remote.locks import MARKER
@@ -249,6 +254,38 @@ def test_a_gateway_that_ignores_conditions_is_found_out_and_locks_take_their_pla
         won = list(pool.map(race, range(8)))
     assert won.count(True) == 1
     assert deaf.server.get(f"{deaf.prefix}/refs/n/t/0000000001") == b"%d" % won.index(True)
+    assert deaf.keys("locks/") == [MARKER]
+
+
+def test_a_claim_of_a_dead_process_is_passed_over(deaf: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+    transport = deaf.transport()
+    transport.require_locks()
+    transport.put("locks/refs/n/t/0000000001/00000000000000000000000000000000", b"")
+    monkeypatch.setattr(locks, "_PATIENCE_SECONDS", 1.0)
+    with pytest.raises(Busy):
+        transport.create("refs/n/t/0000000001", b"x")
+    assert deaf.keys("refs/") == []
+    time.sleep(1.0)  # the server counts in seconds
+    monkeypatch.setattr(locks, "STALE_SECONDS", 0.5)
+    assert transport.create("refs/n/t/0000000001", b"x")
+    assert deaf.keys("locks/") == [MARKER]
+
+
+def test_remote_add_says_how_refs_move_and_remembers_it(
+    deaf: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = deaf.server.url(deaf.prefix, endpoint=deaf.proxy.url)
+    assert main(["init"]) == 0
+    assert main(["remote", "add", "far", url]) == 0
+    assert "does not honour conditional puts" in capfd.readouterr().err
+    assert main(["remote", "ls", "--json"]) == 0
+    (listed,) = json.loads(capfd.readouterr().out)["remotes"]
+    assert "creates=locks" in listed["url"]
+    assert main(["remote", "add", "far", url, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["creates"] == "lock objects"
+    (tmp_path / "f").write_bytes(b"some bytes")
+    assert main(["add", "f", "f"]) == main(["push", "far", "f"]) == main(["clone", url, "copy"]) == 0
     assert deaf.keys("locks/") == [MARKER]
 
 
