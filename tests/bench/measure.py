@@ -47,7 +47,8 @@ def spend(command: Sequence[str], cwd: Path | None = None, env: Mapping[str, str
     started = time.perf_counter()
     words = ["env", *(("-C", str(cwd)) if cwd else ()), *command]
     files = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
-    child = os.posix_spawnp(words[0], words, {**os.environ, **(env or {})}, file_actions=files)
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as installed
+    child = os.posix_spawnp(words[0], words, {**inherited, **(env or {})}, file_actions=files)
     _, status, used = os.wait4(child, 0)
     if code := os.waitstatus_to_exitcode(status):
         raise SystemExit(f"failed with {code}: {' '.join(command)}")
