@@ -4,12 +4,15 @@ Unknown keys are refused with the nearest valid one: a typo must not silently me
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from llmos_cli.errors import UsageError
+
+_PUBLIC_KEY = re.compile(r"ed25519:[0-9a-f]{64}\Z")
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,13 @@ class GcConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """`remotes` maps a remote's name to its URL."""
+    """`remotes` maps a remote's name to its URL, `trust` the name of whoever signs refs to a public key;
+    `require_signed` are the remotes ("*": all) from which only signed refs are pulled."""
 
     gc: GcConfig = field(default_factory=GcConfig)
     remotes: Mapping[str, str] = field(default_factory=dict)
+    trust: Mapping[str, str] = field(default_factory=dict)
+    require_signed: tuple[str, ...] = ()
 
 
 def parse_config(text: str, where: str) -> Config:
@@ -35,7 +41,7 @@ def parse_config(text: str, where: str) -> Config:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise UsageError(f"{where} is not valid TOML: {exc}") from exc
-    _known(table, ("gc", "remotes"), where)
+    _known(table, ("gc", "remotes", "require_signed", "trust"), where)
     gc = _section(table, "gc", where)
     _known(gc, [item.name for item in fields(GcConfig)], f"{where} [gc]")
     for key, value in gc.items():
@@ -45,13 +51,23 @@ def parse_config(text: str, where: str) -> Config:
     for name, url in remotes.items():
         if not isinstance(url, str) or not url:
             raise UsageError(f"{where} [remotes] {name} must be a URL")
-    return Config(GcConfig(**{key: float(value) for key, value in gc.items()}), remotes)
+    trust = _section(table, "trust", where)
+    for name, key in trust.items():
+        if not isinstance(key, str) or not _PUBLIC_KEY.match(key):
+            raise UsageError(f"{where} [trust] {name} must be 'ed25519:' and 64 hex digits")
+    signed = table.get("require_signed", [])
+    if not isinstance(signed, list) or not all(isinstance(name, str) for name in signed):
+        raise UsageError(f"{where}: 'require_signed' must be a list of remotes' names")
+    return Config(GcConfig(**{key: float(value) for key, value in gc.items()}), remotes, trust, tuple(signed))
 
 
 def render_config(config: Config) -> str:
     """The text of a `config.toml` that reads back as `config`."""
-    lines = ["[gc]", f"grace_hours = {config.gc.grace_hours}", f"keep_days = {config.gc.keep_days}", "", "[remotes]"]
+    lines = [f"require_signed = [{', '.join(map(_quote, config.require_signed))}]", ""] if config.require_signed else []
+    lines += ["[gc]", f"grace_hours = {config.gc.grace_hours}", f"keep_days = {config.gc.keep_days}", "", "[remotes]"]
     lines += [f"{_quote(name)} = {_quote(url)}" for name, url in sorted(config.remotes.items())]
+    if config.trust:
+        lines += ["", "[trust]", *(f"{_quote(name)} = {_quote(key)}" for name, key in sorted(config.trust.items()))]
     return "\n".join(lines) + "\n"
 
 

@@ -153,6 +153,7 @@ OWNERS = {
     "sqlite3": ("store/index.py", "the index is a cache behind one door"),
     "accelerate": ("train/", "one loop prepares devices"),
     "obstore": ("remote/objectstore.py", "what it does and how it fails is known in one place"),
+    "cryptography": ("store/keys.py", "what counts as a good signature is decided once"),
     "fastapi": ("serve/", "HTTP stays in one room"),
 }
 

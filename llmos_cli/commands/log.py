@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmos_cli.ui.session import session
+from llmos_cli.ui.signers import signer_json, signer_text
 from llmos_cli.ui.text import plural, safe_line, size, when
 from llmos_cli.ui.tree import tree_lines
 
@@ -35,23 +36,38 @@ def log(
     from llmos_cli.store.lineage import trace
     from llmos_cli.store.refs import ref_history
     from llmos_cli.store.resolve import resolve
+    from llmos_cli.store.signatures import signers
 
     here = session(ctx)
     target = parse_target(ref)
     with here.open_store() as store:
         source = resolve(store, ref)
         moves = ref_history(store, target.ref) if target.ref else []
+        signed = [signers(store, move.ref, move.id, move.sequence) for move in moves]
         lineage = trace(store, source.id)
     history = [
-        {"sequence": move.sequence, "id": str(move.id), "time": move.time, "who": move.who, "message": move.message}
-        for move in moves
+        {
+            "sequence": move.sequence,
+            "id": str(move.id),
+            "time": move.time,
+            "who": move.who,
+            "message": move.message,
+            "signed": [signer_json(item) for item in by],
+        }
+        for move, by in zip(moves, signed, strict=True)
     ]
     objects = {str(oid): _as_json(ancestor) for oid, ancestor in lineage.objects.items()}
     here.out.result({"ref": source.label, "id": str(source.id), "history": history, "objects": objects})
     if target.ref:
         here.out.line(f"History of {target.ref}")
         rows = [
-            ["  " + (f"~{back}" if back else "now"), move.id.short, when(move.time), move.who, move.message]
+            [
+                "  " + (f"~{back}" if back else "now"),
+                move.id.short,
+                when(move.time),
+                move.who,
+                "; ".join([move.message, *(f"signed by {signer_text(item)}" for item in signed[back])]),
+            ]
             for back, move in enumerate(moves)
         ]
         here.out.table(["  value", "id", "when", "who", "what"], rows, spare={2, 3})

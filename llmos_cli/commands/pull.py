@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmos_cli.errors import UsageError
+from llmos_cli.errors import Unsafe, UsageError
 from llmos_cli.ui.session import session
 from llmos_cli.ui.text import duration, plural, size
 
@@ -31,12 +31,21 @@ def pull(
     files: Annotated[
         list[str] | None, typer.Option("--files", metavar="GLOB", help="From a hub: take these files.")
     ] = None,
+    require_signed: Annotated[
+        bool, typer.Option("--require-signed", help="Only refs that somebody trusted has signed.")
+    ] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="With --all: remove refs that are gone there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be fetched.")] = False,
 ) -> None:
     """Fetch refs and what they need from a remote.
 
     Only what the store lacks is fetched, and every byte is checked before it is used. A pull that was stopped goes on
-    where it was. With --force, what a ref held before stays in 'llmos log' and as NAME:TAG~1.
+    where it was. With --force, what a ref held before stays in 'llmos log' and as NAME:TAG~1. --prune removes refs that
+    came from this remote, have not moved since, and are not there any more.
+
+    With --require-signed, a ref counts only if a key from the section [trust] of config.toml has signed its value
+    (llmos tag --sign), the signature has not expired and no later one has been seen; nothing is taken otherwise. The
+    line 'require_signed = ["nas"]' at the top of config.toml asks for that at every pull from nas, "*" from anywhere.
 
     hf://ORG/NAME[@REVISION] is a model of a Hugging Face hub, kept under REF (by default NAME). It is pinned to the
     commit that the revision is now, and each file is checked against the hub's digest. Taken is what a model needs from
@@ -52,23 +61,33 @@ def pull(
     """
     from llmos_cli.formats.names import parse_ref
     from llmos_cli.remote.open import find_remote
+    from llmos_cli.remote.prune import remove_here, surplus_here
     from llmos_cli.remote.pull import execute_pull, plan_pull
 
     here = session(ctx)
     if remote.startswith(_HUB):
         if everything or len(refs or []) > 1:
             raise UsageError("a model from a hub has one name here", hint=f"llmos pull {remote} NAME")
+        if require_signed:
+            raise Unsafe(
+                "a hub signs no refs", hint="pull it, look at it, and sign it yourself: llmos tag REF --sign KEY"
+            )
         return _pull_from_hub(here, remote, refs[0] if refs else None, files or [], force=force, dry_run=dry_run)
     if files:
         raise UsageError("--files is for models from a hub", hint="llmos pull --help")
     if bool(refs) == everything:
         raise UsageError("name the refs to pull, or use --all", hint=f"llmos pull {remote} --all")
+    if prune and not everything:
+        raise UsageError("--prune goes with --all", hint=f"llmos pull {remote} --all --prune --dry-run")
     wanted = [parse_ref(text) for text in refs or []]
     start = time.monotonic()
     with here.open_store() as store:
         source = find_remote(store, remote, here.cwd)
-        plan = plan_pull(store, source, None if everything else wanted, force=force)
+        plan = plan_pull(store, source, None if everything else wanted, force=force, signed=require_signed)
+        surplus = surplus_here(store, source, {item.ref for item in plan.refs}) if prune else ()
         done = None if dry_run else execute_pull(store, source, plan, here.out.progress)
+        for entry in () if dry_run else surplus:
+            remove_here(store, entry)
     seconds = time.monotonic() - start
     received = done.received if done else plan.total_bytes
     listed = [_describe(item) for item in plan.refs]
@@ -82,6 +101,7 @@ def pull(
         "received": received,
         "packs": done.packs if done else len(plan.fetches),
         "reused": done.reused if done else None,
+        "pruned": [str(entry.ref) for entry in surplus],
         "dry_run": dry_run,
         "seconds": round(seconds, 3),
     }
@@ -90,6 +110,8 @@ def pull(
     for item in plan.refs:
         if item.moves:
             here.out.line(f"{would} {item.ref} @{item.id.short} from {source.label} ({_DONE[item.status]})")
+    for entry in surplus:
+        here.out.line(f"{'would remove' if dry_run else 'removed'} {entry.ref}: it is gone from {source.label}")
     unchanged = sum(item.status == "unchanged" for item in plan.refs)
     ahead = [str(item.ref) for item in plan.refs if item.status == "ahead"]
     if not plan.refs:

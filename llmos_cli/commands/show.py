@@ -10,6 +10,7 @@ from llmos_cli.errors import NotFound
 from llmos_cli.ui.facts import fact_lines, json_text
 from llmos_cli.ui.output import Output
 from llmos_cli.ui.session import session
+from llmos_cli.ui.signers import signer_json, signer_text
 from llmos_cli.ui.text import count, percent, plural, safe_line, shorten, size
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def show(
     from llmos_cli.store.lineage import describe_recipe, ref_labels
     from llmos_cli.store.objects import read_manifest
     from llmos_cli.store.resolve import resolve
+    from llmos_cli.store.signatures import signers
 
     here = session(ctx)
     with here.open_store() as store:
@@ -61,6 +63,7 @@ def show(
         if tensors and not census.tensors and not census.problems:
             raise NotFound(f"{source.label} has no tensors", hint=f"see its files: llmos show {ref} --files")
         stored = footprints(store, census.tensors) if tensors else []
+        signed = signers(store, source.ref, source.id) if source.ref else []
         digests = sha256_files(store, manifest.files, here.out.progress) if sha256 else {}
     for problem in census.problems:
         here.out.warn(problem)
@@ -77,6 +80,7 @@ def show(
             "tensors": counts and counts | ({} if listed is None else {"list": listed}),
             "meta": manifest.meta,
             "recipe": describe_recipe(recipe) if recipe else None,
+            "signed": [signer_json(item) for item in signed],
             "files": [
                 {"path": entry.path, "size": entry.size} | ({"sha256": digests[entry.path]} if sha256 else {})
                 for entry in manifest.files
@@ -101,6 +105,7 @@ def show(
     others = [label for label in labels.get(source.id, ()) if label != source.label]
     if others:
         facts.append(("also", ", ".join(others)))
+    facts += [("signed by", signer_text(item)) for item in signed]
     if recipe:
         facts.append(("made by", recipe.command if recipe.seed is None else f"{recipe.command}, seed {recipe.seed}"))
         for role, oid in sorted(recipe.inputs.items()):

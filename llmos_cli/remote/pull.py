@@ -8,7 +8,7 @@ does not ask for again.
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from llmos_cli.errors import Conflict, Damaged, LlmosError, NoSpace, NotFound
@@ -24,6 +24,7 @@ from llmos_cli.remote.catalog import Catalog, Place, read_catalog
 from llmos_cli.remote.fetch import BadPack, Fetch, fetch, fetch_manifest
 from llmos_cli.remote.open import Remote, require_ready
 from llmos_cli.remote.refs import RemoteRef, list_remote_refs, read_remote_ref
+from llmos_cli.remote.signed import check_signed, must_be_signed, read_remote_signatures
 from llmos_cli.remote.transport import Transport
 from llmos_cli.store.handle import Store
 from llmos_cli.store.leases import hold
@@ -31,6 +32,7 @@ from llmos_cli.store.objects import read_manifest
 from llmos_cli.store.packs import secure, sync_index
 from llmos_cli.store.point import confirm
 from llmos_cli.store.refs import read_ref, update_ref
+from llmos_cli.store.signatures import keep_signatures
 
 _WHOLE_SHARE: Final = 0.5  # a pack is taken whole if at least this much of it is missing here
 _TRIES: Final = 16  # bad packs passed over before giving up
@@ -53,13 +55,14 @@ class PulledRef:
 @dataclass(frozen=True)
 class PullPlan:
     """`needed` are the objects that the refs rest on, with the plain size each must have (None: a manifest).
-    `lost` are manifests that the store has only in a damaged copy."""
+    `lost` are manifests that the store has only in a damaged copy; `signatures` come along, by ref."""
 
     refs: tuple[PulledRef, ...]
     needed: Mapping[ObjectId, int | None]
     lost: frozenset[ObjectId]
     fetches: tuple[Fetch, ...]
     catalog: Catalog
+    signatures: Mapping[RefName, tuple[bytes, ...]] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -76,16 +79,23 @@ class PullResult:
     reused: int
 
 
-def plan_pull(store: Store, remote: Remote, refs: Sequence[RefName] | None, *, force: bool) -> PullPlan:
-    """Decide what a pull of `refs` (None: all) would fetch and move.
+def plan_pull(
+    store: Store, remote: Remote, refs: Sequence[RefName] | None, *, force: bool, signed: bool = False
+) -> PullPlan:
+    """Decide what a pull of `refs` (None: all) would fetch and move; with `signed`, or if the store's settings say so,
+    only what somebody trusted has signed.
 
     Raises NotFound for a ref the remote lacks, Conflict naming the refs that have gone different ways on the two
-    sides, Damaged if the remote cannot give all that a ref needs.
+    sides, Damaged if the remote cannot give all that a ref needs, Unsafe for one that should be signed and is not.
     """
     transport = remote.transport
     require_ready(transport)
     sync_index(store)
-    pulled = tuple(_decide(store, remote, seen, force=force) for seen in _find(store, remote, refs))
+    found = _find(store, remote, refs)
+    signatures = {seen.ref: read_remote_signatures(transport, seen) for seen in found}
+    if signed or must_be_signed(store, remote):
+        check_signed(store, remote, [(seen, signatures[seen.ref]) for seen in found])
+    pulled = tuple(_decide(store, remote, seen, force=force) for seen in found)
     apart = [str(item.ref) for item in pulled if item.status == "diverged"]
     if apart:
         raise Conflict(
@@ -93,7 +103,7 @@ def plan_pull(store: Store, remote: Remote, refs: Sequence[RefName] | None, *, f
             hint=f"keep yours under another name (llmos tag {apart[0]} {apart[0]}-mine), then pull with --force",
         )
     wanted = {item.id for item in pulled if item.status != "ahead"}
-    return plan_manifests(store, transport, wanted, pulled)
+    return replace(plan_manifests(store, transport, wanted, pulled), signatures=signatures)
 
 
 def plan_manifests(
@@ -134,6 +144,10 @@ def execute_pull(store: Store, remote: Remote, plan: PullPlan, progress: Progres
             except Conflict as exc:
                 conflicts.append(exc)
         confirm(store, objects, packs, moves)
+        for item in plan.refs:
+            current = read_ref(store, item.ref) if plan.signatures.get(item.ref) else None
+            if current and current.id == item.id:
+                keep_signatures(store, current, plan.signatures[item.ref])
         if conflicts:
             raise conflicts[0]
     missing = {entry.id for item in plan.fetches for entry in item.entries} & plan.needed.keys()

@@ -22,6 +22,7 @@ from llmos_cli.remote.listing import is_published, publish
 from llmos_cli.remote.open import Remote, is_ready, require_ready
 from llmos_cli.remote.refs import RemoteRef, list_remote_refs, move_remote_ref, read_remote_ref
 from llmos_cli.remote.send import Shipment, plan_shipments, send
+from llmos_cli.remote.signed import send_signatures
 from llmos_cli.store.handle import Store
 from llmos_cli.store.leases import hold
 from llmos_cli.store.objects import read_manifest
@@ -68,13 +69,15 @@ class PushPlan:
 
 @dataclass(frozen=True)
 class PushResult:
-    """`sent` bytes in `packs` packs; `present` objects of `present_bytes` were there already."""
+    """`sent` bytes in `packs` packs; `present` objects of `present_bytes` were there already. `signed`: signatures that
+    the remote lacked."""
 
     refs: tuple[PushedRef, ...]
     sent: int
     packs: int
     present: int
     present_bytes: int
+    signed: int = 0
 
 
 def plan_push(store: Store, remote: Remote, refs: Sequence[RefName] | None, *, force: bool) -> PushPlan:
@@ -110,20 +113,23 @@ def execute_push(store: Store, remote: Remote, plan: PushPlan, progress: Progres
             remote.transport.initialise()
             require_ready(remote.transport)
         send_all(store, remote, plan, sent, progress)
-        conflicts = []
+        conflicts, signed = [], 0
         for item in plan.refs:
             try:
+                current, there = item.seen.entry, item.seen.signed
                 if item.moves:
-                    move_remote_ref(remote.transport, item.seen, item.id, message=item.message)
+                    current, there = move_remote_ref(remote.transport, item.seen, item.id, message=item.message), ()
+                if current:
+                    signed += send_signatures(store, remote.transport, current, there)
             except Conflict as exc:
                 conflicts.append(exc)
         if sent or any(item.moves for item in plan.refs):
             look_again(store, remote, plan, sent, progress)
-            if is_published(remote.transport):
-                publish(store, remote.transport)
+        if (sent or signed or any(item.moves for item in plan.refs)) and is_published(remote.transport):
+            publish(store, remote.transport)
         if conflicts:
             raise conflicts[0]
-    return PushResult(plan.refs, sum(sent.values()), len(sent), plan.present, plan.present_bytes)
+    return PushResult(plan.refs, sum(sent.values()), len(sent), plan.present, plan.present_bytes, signed)
 
 
 def _local(store: Store, ref: RefName) -> RefEntry:

@@ -4,9 +4,9 @@ A move is the exclusive creation of the next number; whoever comes second is tol
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Final
 
@@ -16,6 +16,7 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.layout import REFS, ref_key
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.reflog import RefEntry, decode_entry, encode_entry, parse_entry_name
+from llmos_cli.formats.signature import parse_signature_name
 from llmos_cli.progress import Progress, Silent
 from llmos_cli.remote.parallel import in_order
 from llmos_cli.remote.transport import Transport
@@ -27,12 +28,13 @@ _STREAMS: Final = 8
 @dataclass(frozen=True)
 class RemoteRef:
     """A ref as it was seen: the numbers of its moves in order, the newest that reads back (None: no such ref), and
-    why none does where there are moves."""
+    why none does where there are moves. `signed` are the names of the signatures beside the newest."""
 
     ref: RefName
     sequences: tuple[int, ...] = ()
     entry: RefEntry | None = None
     problem: Damaged | None = None
+    signed: tuple[str, ...] = ()
 
     @property
     def id(self) -> ObjectId | None:
@@ -42,13 +44,16 @@ class RemoteRef:
 def list_remote_refs(transport: Transport, progress: Progress) -> dict[RefName, RemoteRef]:
     """Every ref as it is now, by name, those that cannot be read included."""
     numbers: defaultdict[RefName, set[int]] = defaultdict(set)
+    signed: defaultdict[RefName, set[str]] = defaultdict(set)
     for key, _ in transport.list(f"{REFS}/"):
         found = _parse_key(key)
         if found:
             numbers[found[0]].add(found[1])
+        elif ref := _signed_ref(key):
+            signed[ref].add(key.rpartition("/")[2])
 
     def read(ref: RefName) -> RemoteRef:
-        return _read(transport, ref, sorted(numbers[ref]), progress)
+        return _with_signatures(_read(transport, ref, sorted(numbers[ref]), progress), signed[ref])
 
     with closing(in_order(read, sorted(numbers), workers=_STREAMS)) as refs:
         return {seen.ref: seen for seen in refs if seen.entry or seen.problem}
@@ -56,7 +61,9 @@ def list_remote_refs(transport: Transport, progress: Progress) -> dict[RefName, 
 
 def read_remote_ref(transport: Transport, ref: RefName, progress: Progress) -> RemoteRef:
     """One ref as it is now. A damaged newest move is passed over with a warning."""
-    return _read(transport, ref, _sequences(transport, ref), progress)
+    keys = [key for key, _ in transport.list(f"{REFS}/{ref.name}/{ref.tag}/")]
+    signed = {key.rpartition("/")[2] for key in keys if _signed_ref(key) == ref}
+    return _with_signatures(_read(transport, ref, _numbers(keys, ref), progress), signed)
 
 
 def remote_log(transport: Transport, seen: RemoteRef) -> Iterator[RefEntry]:
@@ -137,8 +144,29 @@ def _read_move(transport: Transport, ref: RefName, sequence: int) -> RefEntry | 
 
 
 def _sequences(transport: Transport, ref: RefName) -> list[int]:
-    found = (_parse_key(key) for key, _ in transport.list(f"{REFS}/{ref.name}/{ref.tag}/"))
+    return _numbers((key for key, _ in transport.list(f"{REFS}/{ref.name}/{ref.tag}/")), ref)
+
+
+def _numbers(keys: Iterable[str], ref: RefName) -> list[int]:
+    found = (_parse_key(key) for key in keys)
     return sorted({pair[1] for pair in found if pair and pair[0] == ref})
+
+
+def _with_signatures(seen: RemoteRef, names: Set[str]) -> RemoteRef:
+    sequence = seen.entry.sequence if seen.entry else None
+    signed = tuple(sorted(name for name in names if parse_signature_name(name) == sequence))
+    return replace(seen, signed=signed) if signed and sequence is not None else seen
+
+
+def _signed_ref(key: str) -> RefName | None:
+    """The ref that a key is a signature for; None for any other key."""
+    parts = key.split("/")
+    if len(parts) != 4 or parse_signature_name(parts[-1]) is None:
+        return None
+    try:
+        return RefName(parts[1], parts[2])
+    except UsageError:
+        return None
 
 
 def _parse_key(key: str) -> tuple[RefName, int] | None:

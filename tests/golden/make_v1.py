@@ -20,14 +20,21 @@ from llmos_cli.formats.adopted import Place, encode_place
 from llmos_cli.formats.codec import OPAQUE, Encoded, Words
 from llmos_cli.formats.frame import CHUNK, MANIFEST, encode_header, new_frame
 from llmos_cli.formats.ids import NO_ID, ObjectId, checksum, object_id
-from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, adopted_key, pack_key, ref_key
+from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, REFS, adopted_key, pack_key, ref_key
 from llmos_cli.formats.manifest import Chunk, FileEntry, Manifest, Recipe, Source, encode_manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.pool import CARD_KEY, Card, Member, Members, encode_card, encode_members, members_key
 from llmos_cli.formats.reflog import RefEntry, encode_entry
+from llmos_cli.formats.signature import Signature, Statement, encode_signature, signature_name
 from llmos_cli.formats.snapshot import Snapshot, encode_snapshot, name_snapshot
 
 FOLDER = Path(__file__).parent / "v1"
+# Of the private key that is the bytes 0 to 31.
+KEY = "03a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b8"
+SIGNED = bytes.fromhex(
+    "0f4a19a7ec776d74511e359b3892686bbadacdcf5050a48b744a6e6ef1cf3ae0"
+    "f6a20635efcc7bf1f66545eaf34484c1e91a342402f44af1aee3f8ed17c3a609"
+)
 
 
 def plain_files() -> dict[str, tuple[Words, list[bytes]]]:
@@ -172,6 +179,10 @@ def build() -> dict[str, bytes]:
     kept_ids = tuple(sorted({move.id for move in moves}))
     snapshot = Snapshot("2026-01-02T03:04:07.089+00:00", "ann@example:/store", logs, kept_ids)
     kept = encode_snapshot(snapshot)
+    statement = Statement(
+        ref, moves[1].id, moves[1].previous, 3, "2026-01-02T03:04:07+00:00", "2036-01-02T03:04:07+00:00"
+    )
+    signature = encode_signature(Signature(statement, KEY, SIGNED))
     nodes = tuple(Member(f"{number:032x}", f"{number + 8:032x}", f"/node{number}") for number in (1, 2, 3))
     members = Members("f" * 32, 2, 2, nodes)
     return {
@@ -187,6 +198,7 @@ def build() -> dict[str, bytes]:
         adopted_key(object_id(adopted)): adopted,
         pack_key(object_id(points)): points,
         pack_key(object_id(steps)): steps,
+        f"{REFS}/{ref.name}/{ref.tag}/{signature_name(2, signature)}": signature,
         **{ref_key(move.ref, move.sequence): encode_entry(move) for move in moves},
     }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from llmos_cli.formats import codec, pack
 from llmos_cli.formats.adopted import decode_place
@@ -15,6 +16,13 @@ from llmos_cli.formats.manifest import decode_manifest, encode_manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.pool import decode_card, decode_members, encode_card, encode_members
 from llmos_cli.formats.reflog import RefEntry, decode_entry, encode_entry
+from llmos_cli.formats.signature import (
+    decode_signature,
+    encode_signature,
+    parse_signature_name,
+    signature_name,
+    signed_bytes,
+)
 from llmos_cli.formats.snapshot import decode_snapshot, encode_snapshot, parse_snapshot_name
 
 FOLDER = Path(__file__).parent / "v1"
@@ -198,3 +206,17 @@ def test_the_script_never_overwrites_unless_forced(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "FORMAT").read_bytes() == b"mine"
     write(tmp_path / "new", force=True)
     check_format((tmp_path / "new" / "FORMAT").read_bytes())
+
+
+def test_the_signature_is_read_written_and_good() -> None:
+    (path,) = (FOLDER / "refs/golden/v1").glob("*.sig")
+    data = path.read_bytes()
+    signature = decode_signature(data, path.name)
+    assert encode_signature(signature) == data
+    assert (parse_signature_name(path.name), signature_name(2, data)) == (2, path.name)
+    assert signed_bytes(signature.statement).startswith(
+        b'llmos ref signature 1\n{"expires":"2036-01-02T03:04:07+00:00",'
+    )
+    assert (str(signature.statement.id), signature.statement.serial) == (MANIFEST_ID, 3)
+    key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signature.key))
+    key.verify(signature.value, signed_bytes(signature.statement))

@@ -12,6 +12,7 @@ from llmos_cli.formats.ids import NO_ID
 from llmos_cli.formats.manifest import KINDS, FileEntry, Manifest, Recipe, encode_manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.pool import Card, Members, encode_card, encode_members
+from llmos_cli.formats.signature import Signature, Statement, encode_signature
 from llmos_cli.formats.snapshot import Snapshot, encode_snapshot
 
 README = (Path(llmos_cli.formats.__file__).parent / "README.md").read_text()
@@ -28,6 +29,7 @@ UNITS = {"": 1, "KiB": limits.KiB, "MiB": limits.MiB, "GiB": limits.GiB}
 MANIFEST = json.loads(encode_manifest(Manifest("files", (FileEntry("a", ()),), {}, Recipe("add"))))
 MOVE = reflog.encode_entry(reflog.RefEntry(RefName("a"), 1, NO_ID, None, "", "", ""))
 SNAPSHOT = encode_snapshot(Snapshot("", "", {}, ()))
+SIGNED = encode_signature(Signature(Statement(RefName("a"), NO_ID, None, 1, "", None), "", b""))
 CARD = encode_card(Card("", "", ""))
 MEMBERS = encode_members(Members("", 1, 1, ()))
 
@@ -86,6 +88,7 @@ def test_the_codecs_are_those_of_the_code() -> None:
         ("File fields", MANIFEST["files"][0]),
         ("Recipe fields", MANIFEST["recipe"]),
         ("Ref move fields", json.loads(MOVE.split(b"\n")[0])),
+        ("Signature fields", json.loads(SIGNED)),
         ("Snapshot fields", json.loads(SNAPSHOT)),
         ("Card fields", json.loads(CARD.split(b"\n")[0])),
         ("Members fields", json.loads(MEMBERS.split(b"\n")[0])),
