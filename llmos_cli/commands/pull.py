@@ -126,7 +126,8 @@ def pull(
     if received:
         verb = "to fetch" if dry_run else "received"
         took = "" if dry_run else f", {duration(seconds)}"
-        here.out.say(f"{size(received)} {verb}{took}")
+        reused = f", {plural(done.reused, 'object')} here already" if done and done.reused else ""
+        here.out.say(f"{size(received)} {verb}{reused}{took}")
 
 
 def _pull_from_hub(

@@ -103,6 +103,7 @@ def send(
         try:
             for pack in arrived:
                 sent[pack.name] = pack.size
+                counted.note(f"{len(sent)} of {len(shipments)} packs")
         except BaseException:
             counted.stop()
             raise
