@@ -58,6 +58,7 @@ def parse_config(text: str, where: str) -> Config:
     signed = table.get("require_signed", [])
     if not isinstance(signed, list) or not all(isinstance(name, str) for name in signed):
         raise UsageError(f"{where}: 'require_signed' must be a list of remotes' names")
+    _known(dict.fromkeys(signed), (*remotes, "*"), f"{where} require_signed")
     return Config(GcConfig(**{key: float(value) for key, value in gc.items()}), remotes, trust, tuple(signed))
 
 

@@ -142,6 +142,11 @@ def remove_remote(store: Store, name: str) -> str:
     remotes = dict(store.config.remotes)
     if name not in remotes:
         raise NotFound(f"no remote {name[:200]!r}", hint="list them: llmos remote ls")
+    if name in store.config.require_signed:
+        raise Unsafe(
+            f"config.toml asks for signatures from {name!r}",
+            hint="take it out of 'require_signed' there, then forget it",
+        )
     url = remotes.pop(name)
     _save(store, remotes)
     return url

@@ -18,6 +18,8 @@ from llmos_cli.store.objects import read_object_into
 
 _FLUSH_BYTES: Final = 32 * limits.MiB
 _WORKERS: Final = min(os.cpu_count() or 1, 16)
+# What a folder of these names holds is obeyed by whoever runs git or llmos below it; no manifest has a say in that.
+_COMMANDING: Final = {".git", ".llmos"}
 _buffers = threading.local()
 
 
@@ -40,6 +42,12 @@ def plan_checkout(manifest: Manifest, target: Path, *, force: bool) -> CheckoutP
     With `force`, files are replaced; a folder, link or device in a file's place is refused even then.
     """
     check_paths(entry.path for entry in manifest.files)
+    for entry in manifest.files:
+        if not _COMMANDING.isdisjoint(part.casefold() for part in entry.path.split("/")):
+            raise Unsafe(
+                f"{entry.path!r} would be settings or hooks of git or llmos in {target}: not written",
+                hint="see what else is in it: llmos show REF --files",
+            )
     if target.exists() or target.is_symlink():
         with Destination(target) as destination:
             for entry in manifest.files:

@@ -43,13 +43,24 @@ def test_a_new_ref_is_signed_as_it_is_made(llmos: Llmos, store: Path, key: str) 
     assert llmos("show", "notes", "--json").json["signed"] == []
 
 
-def test_settings_survive_a_new_remote(llmos: Llmos, store: Path, key: str) -> None:
+def test_settings_survive_what_is_done_with_remotes(llmos: Llmos, store: Path, key: str) -> None:
+    assert llmos("remote", "add", "nas", "nas").code == 0
     config = store / "config.toml"
     config.write_text('require_signed = ["nas"]\n' + config.read_text())
-    assert llmos("remote", "add", "nas", "nas").code == 0
+    assert llmos("remote", "add", "other", "other").code == 0
     assert llmos("push", "nas", "notes").code == 0
     assert llmos("pull", "nas", "notes").code == 14
+    assert llmos("pull", "./nas", "notes").code == 14
+    assert llmos("remote", "rm", "nas").code == 14
     assert (key in config.read_text(), 'require_signed = ["nas"]' in config.read_text()) == (True, True)
+
+
+def test_a_remote_that_is_misspelt_in_the_settings_is_refused(llmos: Llmos, store: Path, key: str) -> None:
+    assert llmos("remote", "add", "nas", "nas").code == 0
+    config = store / "config.toml"
+    config.write_text('require_signed = ["nsa"]\n' + config.read_text())
+    failed = llmos("ls")
+    assert (failed.code, "did you mean 'nas'?" in failed.err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,10 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import RefName, parse_ref
 from llmos_cli.formats.signature import Signature, Statement, decode_signature, encode_signature, signed_bytes
 from llmos_cli.progress import Silent
+from llmos_cli.remote.members import create_pool, open_pool
+from llmos_cli.remote.open import Remote, open_transport
 from llmos_cli.remote.pull import PullPlan, execute_pull, plan_pull
+from llmos_cli.remote.push import execute_push, plan_push
 from llmos_cli.store import keys, signatures
 from llmos_cli.store.handle import Store
 from llmos_cli.store.keys import SigningKey, load_key, new_key
@@ -350,3 +353,20 @@ def test_without_the_package_nothing_is_believed(signing: Signing, monkeypatch: 
     assert caught.value.hint == "pip install 'llmos[sign]'"
     assert signing.pull(signed=False) == oid
     assert [item.state for item in signers(signing.reader, REF, oid)] == [UNCHECKED]
+
+
+def test_a_pool_keeps_signatures_where_it_keeps_refs(signing: Signing, tmp_path: Path) -> None:
+    urls = [str(tmp_path / f"node{number}") for number in range(3)]
+
+    def pool() -> Remote:
+        return Remote("pool", open_pool(urls, open_transport, lambda message: None))
+
+    create_pool(urls, 2, open_transport, lambda message: None)
+    oid = signing.exchange.commit(signing.mine, "tiny", a=signing.exchange.noise(1, 3000))
+    sign_ref(signing.mine, REF, signing.alice, days=None)
+    remote = pool()
+    assert execute_push(signing.mine, remote, plan_push(signing.mine, remote, [REF], force=False), Silent()).signed == 1
+    shutil.rmtree(urls[0])
+    remote = pool()
+    execute_pull(signing.reader, remote, plan_pull(signing.reader, remote, [REF], force=False, signed=True), Silent())
+    assert [item.state for item in signers(signing.reader, REF, oid)] == [GOOD]

@@ -210,3 +210,11 @@ def test_a_folder_without_permission(store: Store, lab: Any, tmp_path: Path, as_
 
     if os.geteuid() == 0:
         assert str(tmp_path / "out" / "f") in as_nobody(attempt)
+
+
+@pytest.mark.parametrize("path", [".git/hooks/post-checkout", ".llmos/config.toml", "sub/.GIT/config", ".llmos"])
+def test_settings_and_hooks_are_never_written(store: Store, lab: Any, tmp_path: Path, path: str) -> None:
+    lab.add("x", {"a.txt": b"text", path: b"#!/bin/sh"})
+    with pytest.raises(Unsafe, match="settings or hooks"):
+        out(store, tmp_path / "out", force=True)
+    assert not (tmp_path / "out").exists()
