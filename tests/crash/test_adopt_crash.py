@@ -91,7 +91,7 @@ def examine(folder: Path, where: str) -> None:
 
 
 def test_adopting_killed_at_every_step(harness: ModuleType, scratch: Path) -> None:
-    steps = harness.sweep(prepare(scratch / "prepared"), scratch / "run", adopt, examine)
+    steps = harness.sweep(prepare(scratch / "prepared"), scratch / "run", adopt, examine, every=harness.usually(2))
     assert steps > 20
 
 
@@ -103,7 +103,7 @@ def test_letting_go_killed_at_every_step(harness: ModuleType, scratch: Path) -> 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
 def test_adopting_while_a_step_fails(harness: ModuleType, scratch: Path, error: int) -> None:
     prepared = prepare(scratch / "prepared")
-    for number in range(1, 200):
+    for number in range(1, 200, harness.usually(2)):
         harness.fresh(prepared, scratch / "run")
         outcome = harness.failing_at(number, error, lambda: adopt(scratch / "run"))
         with open_store(scratch / "run" / "store") as store:

@@ -159,7 +159,7 @@ def prepare_trash(store: Store) -> None:
 
 
 def commit_many(store: Store) -> None:
-    commit(store, "new", {f"f{number}": noise(50 + number, 60_000) for number in range(4)})
+    commit(store, "new", {f"f{number}": noise(50 + number, 60_000) for number in range(3)})
 
 
 def tag(store: Store) -> None:

@@ -59,9 +59,9 @@ class Fault:
 
 
 FAULTS: Final = {
-    "killed": Fault("signal=KILL:when={n}", WATCHED, (-9,), 7),
-    "full": Fault("error=ENOSPC:when={n}+", (*GROWING, *SYNCS), (0, 15), 5),  # and it stays full
-    "broken": Fault("error=EIO:when={n}", WATCHED, (0, 13), 6),
+    "killed": Fault("signal=KILL:when={n}", WATCHED, (-9,), 5),
+    "full": Fault("error=ENOSPC:when={n}+", (*GROWING, *SYNCS), (0, 15), 4),  # and it stays full
+    "broken": Fault("error=EIO:when={n}", WATCHED, (0, 13), 5),
     "over quota": Fault("error=EDQUOT:when={n}", (*GROWING, *SYNCS), (0, 15), 2),
 }
 
