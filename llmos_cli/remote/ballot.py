@@ -107,8 +107,7 @@ def learn(nodes: Nodes, key: str, value: bytes, *, stall: float = STALL_SECONDS)
     """Give a key its chosen value at all nodes; which of them have it now, or what kept them from it."""
 
     def at(node: Transport) -> bool:
-        node.create(key, value)
-        return True
+        return node.create(key, value) or node.read(key) == value
 
     return ask_all(nodes, at, stall=stall)
 

@@ -14,7 +14,7 @@ from llmos_cli.formats.ids import checksum, object_id
 from llmos_cli.formats.layout import PACK_SUFFIX, PACKS, REFS, SNAPSHOTS
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.pack import ALIGNMENT, END_MAGIC, ENTRY_SIZE, HEADER_SIZE, TRAILER_SIZE, aligned, pack_header
-from llmos_cli.formats.reflog import decode_entry, parse_entry_name
+from llmos_cli.formats.reflog import RefEntry, decode_entry, parse_entry_name
 
 Value = TypeVar("Value")
 
@@ -85,6 +85,22 @@ def is_move(key: str, data: bytes) -> bool | None:
     except LlmosError:
         return False
     return True
+
+
+def is_same_move(key: str, one: bytes, other: bytes) -> bool:
+    """Whether two moves say the same but for when, by whom and why: a push that was killed and is made again."""
+    entries = [_decoded(key, data) for data in (one, other)]
+    return None not in entries and len({(entry.id, entry.previous) for entry in entries if entry}) == 1
+
+
+def _decoded(key: str, data: bytes) -> RefEntry | None:
+    if not is_move(key, data):
+        return None
+    _, name, tag, sequence = key.split("/")
+    try:
+        return decode_entry(data, RefName(name, tag), int(sequence))
+    except LlmosError:
+        return None
 
 
 def _in_frames(data: bytes) -> str | None:

@@ -27,7 +27,7 @@ from llmos_cli.formats.pool import CARD_KEY, Member, Members, members_key
 from llmos_cli.progress import Task
 from llmos_cli.remote.ballot import decide, forget_votes, learn
 from llmos_cli.remote.fanout import STALL_SECONDS, Call, ask_all, ask_one
-from llmos_cli.remote.intact import Intact, is_move
+from llmos_cli.remote.intact import Intact, is_move, is_same_move
 from llmos_cli.remote.placement import ranked
 from llmos_cli.remote.transport import SlowToAsk, Transport, check_key, check_prefix
 
@@ -220,7 +220,7 @@ class PoolTransport(SlowToAsk):
             value = decide(live, self.members.majority, key, data, self._fence, stall=self.stall)
         assert value is not None
         self.spread(key, value)
-        return known is None and value == data
+        return known is None and (value == data or is_same_move(key, value, data))
 
     def delete(self, key: str) -> None:
         """At every node, or not for sure: a node that is away would bring the key back."""

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import pytest
 
 from llmos_cli.errors import Conflict, LlmosError, NotFound, RemoteUnavailable, Unsafe, UsageError
-from llmos_cli.formats.ids import ObjectId, parse_id
+from llmos_cli.formats.ids import ObjectId, checksum, parse_id
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.formats.pool import CARD_KEY
+from llmos_cli.formats.reflog import RefEntry, encode_entry
 from llmos_cli.progress import Silent, Task
 from llmos_cli.remote.ballot import pending
 from llmos_cli.remote.folder import FolderTransport
@@ -597,6 +598,35 @@ def test_a_move_that_was_left_half_made_is_completed(exchange: Exchange, new_poo
         if finished:
             break
     assert finished
+
+
+def test_a_push_that_died_half_way_is_made_again_without_a_conflict(exchange: Exchange, new_pool: Any) -> None:
+    """Its move has been voted for at one node, with another time than the second push would give it."""
+    pool, here = new_pool(3, 2), exchange.store("here")
+    oid = exchange.commit(here, "web", a=b"1")
+    entry = RefEntry(parse_ref("web"), 1, oid, None, "2026-11-25T00:00:00+00:00", "ann@host", "earlier")
+    value = encode_entry(entry)
+    vote = pool.roots[1] / f"pool/votes/refs/web/latest/0000000001.{1:010d}.{'a' * 32}.2"
+    vote.parent.mkdir(parents=True)
+    vote.write_bytes(b"%016x\n" % checksum(value) + value)
+    pool.push(here)
+    assert {(node / "refs/web/latest/0000000001").read_bytes() for node in pool.roots} == {value}
+    other = exchange.store("other")
+    exchange.commit(other, "web", a=b"2")
+    with pytest.raises(Conflict):
+        pool.push(other)
+
+
+def test_a_damaged_copy_does_not_count_as_knowing_a_move(exchange: Exchange, new_pool: Any) -> None:
+    pool, here = new_pool(3, 3), exchange.store("here")
+    exchange.commit(here, "web", a=b"1")
+    broken = pool.roots[0] / "refs/web/latest/0000000001"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"")
+    opened = pool.open()
+    with pytest.raises(RemoteUnavailable, match="3 nodes must know it, and 2 of 3 do"):
+        opened.spread("refs/web/latest/0000000001", b"a move")
+    assert broken.read_bytes() == b""
 
 
 def _packs_only(pool: Pool, store: Store) -> Transport:
