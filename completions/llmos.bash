@@ -8,7 +8,7 @@ _llmos_spec() {
         "")
             opts=(--store --json --quiet -q --verbose -v --version --help -h)
             valued=(--store)
-            verbs=(init add checkout ls show log diff tag rm du gc fsck push pull clone shard train eval quantize serve generate doctor completion demo remote)
+            verbs=(init add checkout ls show log diff tag rm du gc fsck push pull clone backup restore shard train eval quantize serve generate doctor completion demo remote)
             ;;
         "init")
             opts=(--store --json --quiet -q --verbose -v --help -h)
@@ -47,8 +47,8 @@ _llmos_spec() {
             places=(refs refs)
             ;;
         "tag")
-            opts=(--force --store --json --quiet -q --verbose -v --help -h)
-            valued=(--store)
+            opts=(--force --sign --valid-days --new-key --store --json --quiet -q --verbose -v --help -h)
+            valued=(--sign --valid-days --new-key --store)
             places=(refs refs)
             ;;
         "rm")
@@ -64,22 +64,24 @@ _llmos_spec() {
             rest=refs
             ;;
         "gc")
-            opts=(--dry-run --grace --store --json --quiet -q --verbose -v --help -h)
-            valued=(--grace --store)
+            opts=(--dry-run --grace --repack --why --undelete --store --json --quiet -q --verbose -v --help -h)
+            valued=(--grace --why --store)
+            places=(refs)
+            rest=refs
             ;;
         "fsck")
             opts=(--quick --repair --from --reindex --store --json --quiet -q --verbose -v --help -h)
             valued=(--from --store)
             ;;
         "push")
-            opts=(--all --force --dry-run --store --json --quiet -q --verbose -v --help -h)
+            opts=(--all --force --allow-degraded --prune --dry-run --store --json --quiet -q --verbose -v --help -h)
             valued=(--store)
             places=(remotes refs)
             rest=refs
             ;;
         "pull")
-            opts=(--all --force --dry-run --store --json --quiet -q --verbose -v --help -h)
-            valued=(--store)
+            opts=(--all --force --files --require-signed --prune --dry-run --store --json --quiet -q --verbose -v --help -h)
+            valued=(--files --store)
             places=(remotes refs)
             rest=refs
             ;;
@@ -87,6 +89,17 @@ _llmos_spec() {
             opts=(--store --json --quiet -q --verbose -v --help -h)
             valued=(--store)
             places=(dirs dirs)
+            ;;
+        "backup")
+            opts=(--list --keep-daily --keep-weekly --keep-monthly --dry-run --store --json --quiet -q --verbose -v --help -h)
+            valued=(--keep-daily --keep-weekly --keep-monthly --store)
+            places=(remotes)
+            ;;
+        "restore")
+            opts=(--at --force --dry-run --store --json --quiet -q --verbose -v --help -h)
+            valued=(--at --store)
+            places=(remotes refs)
+            rest=refs
             ;;
         "shard")
             opts=(--tokenizer --seq-len --shard-size --field --skip-bad --store --json --quiet -q --verbose -v --help -h)
@@ -134,12 +147,13 @@ _llmos_spec() {
             ;;
         "remote")
             opts=(--help -h)
-            verbs=(add ls rm)
+            verbs=(add ls rm publish show status repair scrub add-node rm-node)
             ;;
         "remote add")
-            opts=(--store --json --quiet -q --verbose -v --help -h)
-            valued=(--store)
+            opts=(--pool --replicas --store --json --quiet -q --verbose -v --help -h)
+            valued=(--replicas --store)
             places=(remotes dirs)
+            rest=dirs
             ;;
         "remote ls")
             opts=(--store --json --quiet -q --verbose -v --help -h)
@@ -150,6 +164,42 @@ _llmos_spec() {
             valued=(--store)
             places=(remotes)
             ;;
+        "remote publish")
+            opts=(--store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(remotes)
+            ;;
+        "remote show")
+            opts=(--store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(remotes)
+            ;;
+        "remote status")
+            opts=(--store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(remotes)
+            ;;
+        "remote repair")
+            opts=(--quick --dry-run --store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(remotes)
+            ;;
+        "remote scrub")
+            opts=(--percent --store --json --quiet -q --verbose -v --help -h)
+            valued=(--percent --store)
+            places=(remotes)
+            ;;
+        "remote add-node")
+            opts=(--store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(remotes dirs)
+            ;;
+        "remote rm-node")
+            opts=(--lost --store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=(remotes dirs)
+            rest=dirs
+            ;;
     esac
 }
 
@@ -157,11 +207,11 @@ _llmos_spec() {
 _llmos_value() {
     kind=
     case "$1 $2" in
-        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store") kind=dirs ;;
+        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
         "add --base" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data") kind=refs ;;
+        "tag --sign" | "tag --new-key" | "train --config") kind=files ;;
         "fsck --from") kind="remotes dirs" ;;
         "shard --tokenizer") kind="refs dirs" ;;
-        "train --config") kind=files ;;
         "train --precision") kind="words fp32 bf16" ;;
     esac
 }
