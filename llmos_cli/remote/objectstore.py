@@ -5,7 +5,8 @@ sees them. Requests that fail for a moment are asked again, with growing pauses,
 which no byte comes is given up. Until a store has answered once it is given little time: its address may be wrong.
 
 Credentials are found by obstore where the cloud's own tools keep them for programs (environment, web identity, the
-machine's metadata service); they pass through none of our hands.
+machine's metadata service) and, where there is a ~/.aws and boto3 is installed, by boto3 (profiles, single sign-on).
+They pass through none of our hands.
 """
 
 import os
@@ -16,10 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from llmos_cli.errors import Damaged, LlmosError, NotFound, from_os_error
+from llmos_cli.errors import AccessDenied, Damaged, LlmosError, NotFound, from_os_error
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import IdHasher, ObjectId
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT
@@ -241,6 +244,21 @@ class ObjectStoreTransport(SlowToAsk):
         self._plain_http = True
         return True
 
+    @cached_property
+    def _profile(self) -> Any:
+        """What boto3 finds, or None."""
+        if not (Path.home() / ".aws").is_dir() or find_spec("boto3") is None:
+            return None
+        from botocore.exceptions import BotoCoreError
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        try:
+            return Boto3CredentialProvider()
+        except ValueError:  # it finds none
+            return None
+        except BotoCoreError as exc:
+            raise AccessDenied(f"boto3 cannot tell the credentials for {self.url}: {type(exc).__name__}") from exc
+
     def _store(self, role: str) -> Any:
         """A client: to "read", to "write" (a part has more time than an answer), or to ask "once"."""
         name = f"{role}, {'patient' if self._answered else 'first'}, {'http' if self._plain_http else 'https'}"
@@ -277,6 +295,8 @@ class ObjectStoreTransport(SlowToAsk):
         settings: dict[str, Any] = {key: value for key, value in self.address.settings.items() if key != "creates"}
         match self.address.scheme:
             case "s3":
+                if self._profile:
+                    place["credential_provider"] = self._profile
                 return S3Store(self.address.bucket, **place, **settings, disable_bulk_delete=True)
             case "gs":
                 if "endpoint" in settings:

@@ -32,7 +32,7 @@ _KINDS: Final = {
     "Decode": "the answer makes no sense",
 }
 _WHERE_CREDENTIALS: Final = {
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (a profile: aws configure export-credentials --format env)",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for profiles in ~/.aws: pip install 'llmos[aws]'",
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run: gcloud auth application-default login",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY (or AZURE_STORAGE_SAS_TOKEN)",
     "http": "the server wants a login, which llmos has none for",

@@ -42,7 +42,8 @@ class Shell:
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "LLMOS_"))}
         root = str(Path(package).parents[1])
-        return {**kept, "PYTHONPATH": root, "HOME": str(self.folder), **self.server.environment, **self.extra}
+        given = {"PYTHONPATH": root, "HOME": str(self.folder), **self.server.environment, **self.extra}
+        return {**kept, **{name: value for name, value in given.items() if value}}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "llmos_cli", *arguments]
@@ -217,3 +218,17 @@ def test_the_endpoint_may_come_from_the_environment(shell: Callable[[str], Shell
     here.run("push", f"s3://llmos-test/{prefix}", "n0")
     here.run("clone", f"s3://llmos-test/{prefix}", "copy")
     assert here.run("--store", "copy", "ls")[0]["refs"][0]["id"] == ids["n0:latest"]
+
+
+def test_a_profile_in_the_home_folder_counts(shell: Callable[[str], Shell], rgw: S3Server, prefix: str) -> None:
+    here = shell("here")
+    here.fill([MB])
+    here.extra = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_PROFILE": "team"}
+    (here.folder / ".aws").mkdir()
+    credentials = here.folder / ".aws/credentials"
+    credentials.write_text(f"[team]\naws_access_key_id = {rgw.key}\naws_secret_access_key = {rgw.secret}\n")
+    here.run("push", rgw.url(prefix), "n0")
+    assert len(packs(rgw, prefix)) == 1
+    here.extra["AWS_PROFILE"] = "absent"
+    _, err = here.run("push", rgw.url(prefix), "n0", code=12)
+    assert "ProfileNotFound" in err
