@@ -63,10 +63,11 @@ def pull(
     from llmos_cli.remote.open import find_remote
     from llmos_cli.remote.prune import remove_here, surplus_here
     from llmos_cli.remote.pull import execute_pull, plan_pull
+    from llmos_cli.remote.signed import must_be_signed
 
     here = session(ctx)
     if remote.startswith(_HUB):
-        if everything or len(refs or []) > 1:
+        if everything or prune or len(refs or []) > 1:
             raise UsageError("a model from a hub has one name here", hint=f"llmos pull {remote} NAME")
         if require_signed:
             raise Unsafe(
@@ -83,6 +84,11 @@ def pull(
     start = time.monotonic()
     with here.open_store() as store:
         source = find_remote(store, remote, here.cwd)
+        if prune and (require_signed or must_be_signed(store, source)):
+            raise Unsafe(
+                "--prune would believe a remote unsigned, and with a ref it forgets which value was the newest",
+                hint="remove them by name: llmos rm REF",
+            )
         plan = plan_pull(store, source, None if everything else wanted, force=force, signed=require_signed)
         surplus = surplus_here(store, source, {item.ref for item in plan.refs}) if prune else ()
         done = None if dry_run else execute_pull(store, source, plan, here.out.progress)

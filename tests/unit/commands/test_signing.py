@@ -86,6 +86,13 @@ def test_a_key_that_others_can_read_signs_nothing(llmos: Llmos, store: Path, key
     assert llmos("show", "notes:v2").code == 10
 
 
+def test_nothing_is_pruned_on_the_word_of_a_remote_that_is_not_believed(llmos: Llmos, store: Path, key: str) -> None:
+    assert llmos("remote", "add", "nas", "nas").code == 0
+    assert llmos("tag", "notes", "--sign", "alice.key").code == 0
+    assert llmos("push", "nas", "notes").code == 0
+    assert llmos("pull", "nas", "--all", "--prune", "--require-signed").code == 14
+
+
 def test_a_hub_signs_nothing(llmos: Llmos, store: Path) -> None:
     assert llmos("pull", "hf://org/tiny", "--require-signed").code == 14
 
