@@ -53,6 +53,7 @@ _TRIES: Final = 3  # for a file whose bytes prove wrong
 _ANSWER_BYTES: Final = 64 * limits.MiB
 _PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")
 _REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+/-]{0,199}\Z")
+_ENDPOINT: Final = re.compile(r"https?://[^\s/@?#]+(?:/[^\s@?#]*)?\Z")
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}\Z")
 _RANGE: Final = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+)\Z")
 
@@ -129,6 +130,8 @@ def open_hub() -> Web:
 
     if constants.HF_HUB_OFFLINE:
         raise RemoteUnavailable("HF_HUB_OFFLINE is set: no hub may be asked", hint="unset HF_HUB_OFFLINE")
+    if not _ENDPOINT.match(constants.ENDPOINT):  # not repeated: somebody may have put a password into it
+        raise UsageError("HF_ENDPOINT is not the URL of a hub", hint="write it as https://HOST")
     return Web(constants.ENDPOINT, get_token())
 
 

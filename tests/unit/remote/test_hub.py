@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from fault_proxy import Fault, FaultProxy, fault_proxy, flipped, until
 from hub_server import REPO, Hub, hub_server
+from huggingface_hub import constants
 
 from llmos_cli.app import main
 from llmos_cli.errors import (
@@ -31,7 +32,15 @@ from llmos_cli.formats.names import RefName
 from llmos_cli.formats.safetensors import encode_header
 from llmos_cli.progress import Silent
 from llmos_cli.remote.download import Patience, Web
-from llmos_cli.remote.hub import HubAddress, HubPlan, HubResult, execute_hub_pull, parse_hub_address, plan_hub_pull
+from llmos_cli.remote.hub import (
+    HubAddress,
+    HubPlan,
+    HubResult,
+    execute_hub_pull,
+    open_hub,
+    parse_hub_address,
+    plan_hub_pull,
+)
 from llmos_cli.store.gc import plan_gc
 from llmos_cli.store.handle import Store
 from llmos_cli.store.objects import read_file, read_manifest
@@ -374,6 +383,20 @@ def test_a_commit_that_was_asked_for_must_be_the_one_that_is_given(puller: Pulle
 def test_a_malformed_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="malformed address"):
         parse_hub_address(text)
+
+
+@pytest.mark.parametrize("endpoint", ["hub.example", "file:///etc", "https://me:secret@hub.example", "https://a b"])
+def test_a_malformed_endpoint_is_refused_and_not_repeated(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    with pytest.raises(UsageError, match="HF_ENDPOINT is not the URL of a hub") as caught:
+        open_hub()
+    assert "secret" not in f"{caught.value} {caught.value.hint}"
+
+
+def test_where_no_hub_may_be_asked_none_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RemoteUnavailable, match="HF_HUB_OFFLINE is set"):
+        open_hub()
 
 
 def test_an_address_is_read() -> None:
