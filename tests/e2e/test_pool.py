@@ -78,6 +78,15 @@ def moves(folder: Path, pattern: str) -> dict[str, set[bytes]]:
     return found
 
 
+def kill_once_it_writes(process: subprocess.Popen[str], folder: Path, pattern: str, files: int) -> bool:
+    """Kill a process as soon as it has made some files; False if it has ended before."""
+    before = set(folder.glob(pattern))
+    while process.poll() is None and len(set(folder.glob(pattern)) - before) < files:
+        time.sleep(0.002)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
 def reads_back(llmos: Run, folder: Path, url: str, wanted: dict[str, bytes]) -> bool:
     copy, out = folder / "copy", folder / "out"
     shutil.rmtree(copy, ignore_errors=True)
@@ -149,9 +158,7 @@ def test_a_push_that_is_killed_again_and_again_gets_there(start: Start, llmos: R
     killed = 0
     for attempt in range(8):
         process = start("--store", "here", "push", "team", "--all")
-        time.sleep(0.35 + 0.06 * attempt)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+        killed += kill_once_it_writes(process, tmp_path, "[abc]/*/**/*", 1 + 2 * attempt)
         for key, values in moves(tmp_path, "[abc]").items():
             assert len(values) == 1, f"nodes disagree about {key}"
     assert killed > 2
@@ -170,9 +177,7 @@ def test_backup_and_restore_survive_being_killed(start: Start, llmos: Run, tmp_p
     llmos("--store", "here", "remote", "add", "team", "--pool", "--replicas", "2", "a", "b", "c")
     for attempt in range(4):
         process = start("--store", "here", "backup", "team")
-        time.sleep(0.4 + 0.1 * attempt)
-        process.kill()
-        process.wait()
+        kill_once_it_writes(process, tmp_path, "[abc]/*/**/*", 2 + 3 * attempt)
     llmos("--store", "here", "backup", "team")
     log = {path.relative_to(tmp_path / "here"): path.read_bytes() for path in (tmp_path / "here/refs").glob("*/*/*")}
     url = str(tmp_path / "c")
@@ -181,9 +186,7 @@ def test_backup_and_restore_survive_being_killed(start: Start, llmos: Run, tmp_p
     llmos("--store", "here", "init")
     for attempt in range(4):
         process = start("--store", "here", "restore", url)
-        time.sleep(0.4 + 0.1 * attempt)
-        process.kill()
-        process.wait()
+        kill_once_it_writes(process, tmp_path, "here/*/**/*", 2 + 2 * attempt)
         llmos("--store", "here", "fsck")
     llmos("--store", "here", "restore", url)
     llmos("--store", "here", "fsck")
