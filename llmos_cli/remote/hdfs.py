@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from hdfs_native import Client
 
 _TEMP: Final = ".tmp-"
+_BOUNDS: Final = {  # by itself it goes on for minutes
+    "dfs.client.failover.max.attempts": "8",
+    "dfs.client.failover.sleep.base.millis": "200",
+    "dfs.client.failover.sleep.max.millis": "5000",
+    "dfs.client.socket-timeout": "30000",
+}
 _BLOCK_BYTES: Final = 4 * limits.MiB
 _FULL: Final = ("QuotaExceeded", "could only be written to 0 of")
 _REFUSED: Final = ("AccessControlException", "Permission denied", "SASL", "Kerberos", "GSSAPI")
@@ -115,7 +121,7 @@ class HdfsTransport(SlowToAsk):
             raise LlmosError("HDFS needs the hdfs-native library", hint="pip install 'llmos[hdfs]'")
         from hdfs_native import Client
 
-        return Client(self._server)
+        return Client(self._server, config=_BOUNDS)
 
     @contextmanager
     def _written(self, target: str) -> Iterator[tuple[str, Any]]:

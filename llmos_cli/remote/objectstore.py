@@ -29,7 +29,7 @@ from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT
 from llmos_cli.progress import Task
 from llmos_cli.remote import locks
 from llmos_cli.remote.address import ObjectAddress, WebAddress
-from llmos_cli.remote.storeerrors import is_plain_http, is_range_past_end, is_unsure, translate
+from llmos_cli.remote.storeerrors import NoBucket, is_plain_http, is_range_past_end, is_unsure, translate
 from llmos_cli.remote.transport import SlowToAsk, check_key, check_prefix
 
 _PART_BYTES: Final = 8 * limits.MiB
@@ -114,9 +114,9 @@ class ObjectStoreTransport(SlowToAsk):
                 blocks = _ProvenBlocks(source, path, name, task)
                 try:
                     self._put_blocks(key, blocks, size)
-                except NotFound as exc:  # the parts were joined and the answer was lost, or somebody removed them
-                    if "no such bucket" in exc.message:
-                        raise
+                except NoBucket:
+                    raise
+                except NotFound:  # the parts were joined and the answer was lost, or somebody removed them
                     self._put_blocks(key, blocks, size)
 
     def create(self, key: str, data: bytes) -> bool:
@@ -129,9 +129,10 @@ class ObjectStoreTransport(SlowToAsk):
         check_key(key)
         try:
             self._ask(f"removing {key}", lambda store: store.delete(key), key)
-        except NotFound as exc:
-            if "no such bucket" in exc.message:
-                raise
+        except NoBucket:
+            raise
+        except NotFound:
+            return
 
     # What locks are made with.
 

@@ -40,6 +40,10 @@ _WHERE_CREDENTIALS: Final = {
 TRY_AGAIN: Final = "check the network and the address, then run the command again: it goes on with what has arrived"
 
 
+class NoBucket(NotFound):
+    """Not a key is missing, but the place for all of them."""
+
+
 def status_of(exc: BaseException) -> int | None:
     """The HTTP status that ended a request; None if there was no answer."""
     found = _STATUS.search(str(exc))
@@ -70,7 +74,7 @@ def translate(exc: BaseException, scheme: str, url: str, what: str, key: str | N
     code = found[1] if found else ""
     said = f" ({code or status})" if code or status else ""
     if code in _NO_BUCKET or (status == 404 and key is None):
-        return NotFound(
+        return NoBucket(
             f"there is no such bucket, or no such place: {url}", hint="make the bucket, or correct the address"
         )
     if isinstance(exc, FileNotFoundError) or status == 404:

@@ -8,6 +8,7 @@ import store_servers
 
 from llmos_cli.errors import AccessDenied, Damaged, NotFound, RemoteUnavailable, Unsafe, UsageError
 from llmos_cli.progress import Silent
+from llmos_cli.remote import hdfs
 from llmos_cli.remote.listing import LISTING, parse_listing, publish, render_listing
 from llmos_cli.remote.open import Remote, is_ready, normal_url, open_transport
 from llmos_cli.remote.pull import execute_pull, plan_pull
@@ -108,3 +109,23 @@ def test_a_malformed_address_is_refused_and_not_repeated(text: str) -> None:
 def test_the_machines_own_network_services_are_no_remote(text: str) -> None:
     with pytest.raises(Unsafe):
         normal_url(text, Path("/work"))
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://127.0.0.1:1/x", RemoteUnavailable),
+        ("hdfs://127.0.0.1:1/x", RemoteUnavailable),
+        ("az://container/x?account=team&endpoint=http://127.0.0.1:1/team", AccessDenied),
+    ],
+)
+def test_what_cannot_be_reached_is_said_with_what_to_do(
+    url: str, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(hdfs._BOUNDS, "dfs.client.failover.max.attempts", "2")
+    with pytest.raises(expected) as caught:
+        open_transport(url).size("FORMAT")
+    assert url in str(caught.value)
+    assert caught.value.hint
