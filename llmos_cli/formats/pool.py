@@ -8,6 +8,7 @@ move of a ref does.
 
 import re
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,12 +45,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Members:
-    """The members of a pool in one epoch, sorted by id, and how many of them keep each pack."""
+    """The members of a pool in one epoch, sorted by id, and how many of them keep each pack. `renewed` have lost their
+    files and are out until they have been filled again."""
 
     pool: str
     epoch: int
     replicas: int
     nodes: tuple[Member, ...]
+    renewed: tuple[Member, ...] = ()
 
     @property
     def majority(self) -> int:
@@ -82,12 +85,12 @@ def decode_card(data: bytes) -> Card:
 
 
 def encode_members(members: Members) -> bytes:
-    nodes: list[Json] = [{"id": node.id, "life": node.life, "url": node.url} for node in members.nodes]
     return sealed(
         {
             "epoch": members.epoch,
-            "nodes": nodes,
+            "nodes": _encode_nodes(members.nodes),
             "pool": members.pool,
+            "renewed": _encode_nodes(members.renewed),
             "replicas": members.replicas,
             "version": VERSION,
         }
@@ -97,16 +100,16 @@ def encode_members(members: Members) -> bytes:
 def decode_members(data: bytes, epoch: int) -> Members:
     """Read the members of an epoch strictly; raises Damaged or UnknownVersion."""
     what = f"the list of a pool's members ({epoch})"
-    value = unsealed(data, what, {"epoch", "nodes", "pool", "replicas", "version"})
-    nodes, replicas = value["nodes"], value["replicas"]
-    if value["epoch"] != epoch or type(replicas) is not int or not isinstance(nodes, list):
+    value = unsealed(data, what, {"epoch", "nodes", "pool", "renewed", "replicas", "version"})
+    replicas = value["replicas"]
+    if value["epoch"] != epoch or type(replicas) is not int:
         raise Damaged(f"{what} is malformed")
-    found = tuple(_member(node, what) for node in nodes)
-    if list(found) != sorted(found) or len({node.id for node in found}) != len(found):
-        raise Damaged(f"{what} has a node twice, or in the wrong order")
+    found, renewed = _decode_nodes(value["nodes"], what), _decode_nodes(value["renewed"], what)
+    if len({node.id for node in found + renewed}) != len(found + renewed):
+        raise Damaged(f"{what} has a node twice")
     if not 1 <= len(found) <= limits.POOL_NODES or not 1 <= replicas <= limits.POOL_NODES:
         raise Damaged(f"{what} is outside the declared limits")
-    return Members(_id(value["pool"]), epoch, replicas, found)
+    return Members(_id(value["pool"]), epoch, replicas, found, renewed)
 
 
 def sealed(fields: dict[str, Json]) -> bytes:
@@ -126,6 +129,19 @@ def unsealed(data: bytes, what: str, fields: set[str]) -> dict[str, Json]:
     if not isinstance(value, dict) or set(value) != fields or type(value["version"]) is not int:
         raise Damaged(f"{what} does not have its fields")
     return value
+
+
+def _encode_nodes(nodes: Iterable[Member]) -> list[Json]:
+    return [{"id": node.id, "life": node.life, "url": node.url} for node in nodes]
+
+
+def _decode_nodes(value: Json, what: str) -> tuple[Member, ...]:
+    if not isinstance(value, list):
+        raise Damaged(f"{what} is malformed")
+    found = tuple(_member(node, what) for node in value)
+    if list(found) != sorted(found):
+        raise Damaged(f"{what} has its nodes in the wrong order")
+    return found
 
 
 def _member(value: Json, what: str) -> Member:

@@ -89,7 +89,8 @@ def open_pool(urls: Sequence[str], opener: Opener, warn: Warn, *, stall: float =
     if newest.epoch > members.epoch:  # the URLs that were given were of members of long ago
         return open_pool([*urls, *(node.url for node in newest.nodes)], opener, warn, stall=stall)
     nodes = {node.id: _node(node, members, urls_of.get(node.id, node.url), transports, looks) for node in members.nodes}
-    return PoolTransport(members, nodes, warn, stall=stall)
+    waiting = {node.id: Node(node, opener(node.url), BLANK, "it is to be let in again") for node in members.renewed}
+    return PoolTransport(members, nodes, warn, waiting=waiting, stall=stall)
 
 
 def find_pool(node: Transport, opener: Opener, warn: Warn) -> PoolTransport | None:
@@ -172,17 +173,19 @@ def let_in(
         raise UsageError(f"a pool has at most {limits.POOL_NODES} nodes")
     give_card(node, _card_of(pool.members, member), pool.members)  # nobody counts on it before the next epoch names it
     fill(pool, node)
-    return _agree(pool, nodes, {**pool.live, member.id: node}, pool.members.majority)
+    renewed = tuple(other for other in pool.members.renewed if other.id != member.id)
+    return _agree(pool, nodes, renewed, {**pool.live, member.id: node}, pool.members.majority)
 
 
-def let_go(pool: PoolTransport, leaving: Sequence[str], *, lost: bool = False) -> PoolTransport:
+def let_go(pool: PoolTransport, leaving: Sequence[str], *, lost: bool = False, renewing: bool = False) -> PoolTransport:
     """Take nodes out by their ids, be they there, blank or gone; returns the pool as it is then.
 
+    With `renewing` it is written down that they are to be let in again, whatever happens in between.
     As many as a majority can only go if they are `lost` for good: what only they knew is lost then, and were they to
     come back, those who know no other members would take them for the pool.
     """
     staying = tuple(node for node in pool.members.nodes if node.id not in leaving)
-    if len(staying) < pool.members.replicas and not all(pool.nodes[name].state != UP for name in leaving):
+    if len(staying) < pool.members.replicas and any(name in pool.live for name in leaving):
         raise UsageError(
             f"{len(staying)} nodes cannot keep {pool.members.replicas} copies", hint="add a node first: remote add-node"
         )
@@ -195,23 +198,31 @@ def let_go(pool: PoolTransport, leaving: Sequence[str], *, lost: bool = False) -
             hint="bring some of them back; if they are lost for good: llmos remote rm-node --lost",
         )
     live = {name: node for name, node in pool.live.items() if name not in leaving}
-    return _agree(pool, staying, live, len(staying) if lost else min(majority, len(staying)))
+    again = [node for node in pool.members.nodes if node.id in leaving] if renewing else []
+    renewed = tuple(sorted([*(node for node in pool.members.renewed if node.id not in leaving), *again]))
+    return _agree(pool, staying, renewed, live, len(staying) if lost else min(majority, len(staying)))
 
 
 def renew(pool: PoolTransport, fill: Callable[[PoolTransport, Transport], None]) -> PoolTransport:
     """Let nodes that have lost their files in again: out, filled, and in with a new life."""
     blank = [node for node in pool.nodes.values() if node.state == BLANK and node.transport]
     if blank:
-        pool = let_go(pool, [node.member.id for node in blank])
-    for node in blank:
+        pool = let_go(pool, [node.member.id for node in blank], renewing=True)
+    for node in list(pool.waiting.values()):
         assert node.transport
         pool = let_in(pool, node.member.url, node.transport, fill, node.member)
     return pool
 
 
-def _agree(pool: PoolTransport, nodes: Sequence[Member], live: Mapping[str, Transport], quorum: int) -> PoolTransport:
+def _agree(
+    pool: PoolTransport,
+    nodes: Sequence[Member],
+    renewed: tuple[Member, ...],
+    live: Mapping[str, Transport],
+    quorum: int,
+) -> PoolTransport:
     now = pool.members
-    wanted = replace(now, epoch=now.epoch + 1, nodes=tuple(nodes))
+    wanted = replace(now, epoch=now.epoch + 1, nodes=tuple(nodes), renewed=renewed)
     key, data = members_key(wanted.epoch), encode_members(wanted)
 
     def fence(node: Transport) -> None:
@@ -229,8 +240,10 @@ def _agree(pool: PoolTransport, nodes: Sequence[Member], live: Mapping[str, Tran
         raise RemoteUnavailable("too few nodes know the new members", hint="run the command again")
     forget_votes({name: live[name] for name in has}, key)
     left = {member.id: member for member in nodes}
-    renewed = {name: pool.nodes[name] if name in pool.nodes else Node(left[name], live[name], UP) for name in left}
-    return PoolTransport(wanted, renewed, pool.warn, stall=pool.stall)
+    found = {name: pool.nodes[name] if name in pool.nodes else Node(left[name], live[name], UP) for name in left}
+    known = {**pool.nodes, **pool.waiting}
+    waiting = {node.id: known[node.id] for node in renewed}
+    return PoolTransport(wanted, found, pool.warn, waiting=waiting, stall=pool.stall)
 
 
 def _newest(looks: Mapping[str, Look | LlmosError]) -> Members:

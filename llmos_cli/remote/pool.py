@@ -67,10 +67,12 @@ class PoolTransport(SlowToAsk):
         nodes: Mapping[str, Node],
         warn: Callable[[str], None],
         *,
+        waiting: Mapping[str, Node] | None = None,
         stall: float = STALL_SECONDS,
     ) -> None:
         self.members = members
         self.nodes = dict(nodes)
+        self.waiting = dict(waiting or {})  # those to be let in again
         self.degraded = False
         self.shortfall: dict[ObjectId, int] = {}
         self.warn = warn
@@ -264,7 +266,7 @@ class PoolTransport(SlowToAsk):
             yield key, size
 
     def rank(self, pack: ObjectId) -> Sequence[str]:
-        return ranked(pack, [node.id for node in self.members.nodes])
+        return ranked(pack, [node.id for node in (*self.members.nodes, *self.members.renewed)])
 
     def _learned(self, key: str) -> bytes | None:
         """The value a key has at any node."""

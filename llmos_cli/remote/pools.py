@@ -64,7 +64,7 @@ def find_nodes(remote: PoolRemote, texts: Sequence[str], cwd: Path) -> list[str]
         urls = {text, normal_url(text, cwd)}
         names = [
             name
-            for name, node in remote.pool.nodes.items()
+            for name, node in (remote.pool.nodes | remote.pool.waiting).items()
             if urls & {node.url, node.member.url} or (len(text) >= 4 and name.startswith(text))
         ]
         if len(names) != 1:

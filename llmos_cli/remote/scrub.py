@@ -126,7 +126,7 @@ def look(pool: PoolTransport) -> Survey:
         for name, node in pool.nodes.items()
     }
     return Survey(
-        nodes,
+        {**nodes, **pool.waiting},
         pool.members.replicas,
         frozenset(found),
         {pack: _copies(pool, pack, sizes[pack]) for pack in sorted(sizes)},

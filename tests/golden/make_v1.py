@@ -184,7 +184,7 @@ def build() -> dict[str, bytes]:
     )
     signature = encode_signature(Signature(statement, KEY, SIGNED))
     nodes = tuple(Member(f"{number:032x}", f"{number + 8:032x}", f"/node{number}") for number in (1, 2, 3))
-    members = Members("f" * 32, 2, 2, nodes)
+    members = Members("f" * 32, 2, 2, nodes[:2], nodes[2:])
     return {
         FORMAT_FILE: FORMAT_TEXT,
         name_snapshot(snapshot, kept).key: kept,

@@ -175,6 +175,7 @@ def test_the_card_and_the_members_of_a_pool_are_read_and_written_the_same() -> N
     assert encode_card(card) == (FOLDER / "pool/node").read_bytes()
     assert encode_members(members) == (FOLDER / "pool/members/0000000002").read_bytes()
     assert (members.pool, members.replicas, members.majority) == (card.pool, 2, 2)
+    assert [node.url for node in members.renewed] == ["/node3"]
     assert [node.url for node in members.nodes if (node.id, node.life) == (card.node, card.life)] == ["/node1"]
 
 

@@ -74,6 +74,9 @@ def test_no_bit_flips_unnoticed(at: int, bit: int) -> None:
         lambda table: table["nodes"][0].pop("life"),
         lambda table: table["nodes"][0].update(id="../x"),
         lambda table: table["nodes"][0].update(url=7),
+        lambda table: table.pop("renewed"),
+        lambda table: table.update(renewed=table["nodes"][:1]),
+        lambda table: table.update(renewed={}),
     ],
 )
 def test_what_does_not_fit_is_refused(change: Callable[[dict[str, Any]], object]) -> None:

@@ -22,6 +22,7 @@ from llmos_cli.remote.heal import Healed, drain, execute_heal, fill_keys, plan_h
 from llmos_cli.remote.members import create_pool, find_pool, let_go, let_in, open_pool
 from llmos_cli.remote.open import Remote, open_transport
 from llmos_cli.remote.pool import PoolTransport, shortfall, tolerate
+from llmos_cli.remote.pools import PoolRemote, find_nodes
 from llmos_cli.remote.pull import execute_pull, plan_pull
 from llmos_cli.remote.push import execute_push, plan_push
 from llmos_cli.remote.refs import list_remote_refs, move_remote_ref, read_remote_ref
@@ -451,6 +452,21 @@ def test_when_most_nodes_are_lost_for_good_the_rest_goes_on(exchange: Exchange, 
     assert same(exchange, there, {**wanted, "more": {"a.bin": b"more"}})
 
 
+def test_a_node_that_cannot_be_filled_again_can_be_given_up(exchange: Exchange, new_pool: Any) -> None:
+    pool, here = new_pool(3, 2), exchange.store("here")
+    fill(exchange, here, 2)
+    pool.push(here)
+    shutil.rmtree(pool.folder / "n0")
+    (pool.folder / "n0").write_text("no folder any more")
+    opened = pool.open(str(pool.folder / "n1"))
+    gone = let_go(opened, [name for name, node in opened.nodes.items() if node.state != "up"], renewing=True)
+    assert [node.member.url for node in gone.waiting.values()] == [str(pool.folder / "n0")]
+    (name,) = find_nodes(PoolRemote("pool", gone), [str(pool.folder / "n0")], pool.folder)
+    assert let_go(gone, [name]).waiting == {}
+    assert pool.open(str(pool.folder / "n1")).waiting == {}
+    assert pool.heal(here).failed == ()
+
+
 def test_nodes_may_be_of_different_kinds(
     exchange: Exchange, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -679,3 +695,47 @@ def test_a_gc_at_a_node_removes_nothing(exchange: Exchange, new_pool: Any) -> No
     for node in pool.roots:
         with pytest.raises(LlmosError, match="cannot be read"):
             plan_gc(exchange.store(f"pool/{node.name}"), grace_seconds=0)
+
+
+def test_a_repair_that_is_stopped_anywhere_is_finished_by_the_next(exchange: Exchange, tmp_path: Path) -> None:
+    """Also between taking a wiped node out and letting it in again."""
+
+    class Stopped(BaseException):
+        pass
+
+    class Counting(Dying):
+        def _count(self) -> None:
+            with lock:
+                calls[0] += 1
+                if calls[0] >= deadly:
+                    raise Stopped
+
+    lock, here = threading.Lock(), exchange.store("here")
+    wanted = fill(exchange, here, 2)
+    outside = 0
+    for deadly in range(10, 2000, 23):
+        calls = [0]
+        pool = Pool(exchange, tmp_path / f"pool{deadly}").make(3, 2)
+        pool.push(here)
+        before = pool.copies()
+        shutil.rmtree(pool.folder / "n0")
+        pool.wrap = lambda node: Counting(node, 0)
+        try:
+            pool.heal(here, quick=True)
+            stopped = False
+        except Stopped:
+            stopped = True
+        pool.wrap = lambda node: node
+        opened = pool.open(str(pool.folder / "n1"), str(pool.folder / "n2"))
+        outside += bool(opened.waiting)
+        execute_heal(opened, plan_heal(opened, Silent(), quick=False), here.tmp, Silent())
+        again = pool.open()
+        assert {node.state for node in again.nodes.values()} == {"up"}
+        assert (len(again.nodes), again.waiting, pool.copies()) == (3, {}, before), f"stopped at call {deadly}"
+        if not stopped:
+            break
+    there = exchange.store("there")
+    pool.pull(there)
+    assert same(exchange, there, wanted)
+    assert not stopped
+    assert outside > 0
