@@ -12,7 +12,9 @@ from llmos_cli.ui.text import duration, plural, size
 
 def clone(
     ctx: typer.Context,
-    url: Annotated[str, typer.Argument(metavar="URL", help="A folder: a remote or a store.", show_default=False)],
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="A remote: a folder, a store, s3:, https: ...", show_default=False)
+    ],
     folder: Annotated[
         Path,
         typer.Argument(metavar="DIR", help="Where; the store is DIR/.llmos.", show_default=False, readable=False),
@@ -26,6 +28,7 @@ def clone(
     Examples:
       llmos clone /mnt/nas/models here
       llmos clone ~/work/.llmos copy
+      llmos clone "s3://bucket/models?endpoint=http://127.0.0.1:7480" copy
     """
     from llmos_cli.remote.clone import ORIGIN, execute_clone, plan_clone
 

@@ -295,7 +295,13 @@ def test_a_gateway_that_honours_conditions_is_believed(far: Far) -> None:
     assert far.keys("") == ["FORMAT"]
 
 
-def test_thirty_two_push_to_one_ref_and_nothing_is_lost(exchange: Exchange, far: Far) -> None:
+@pytest.mark.ceph
+@pytest.mark.slow
+def test_thirty_two_push_to_one_ref_and_nothing_is_lost(
+    exchange: Exchange,
+    far: Far,
+    rgw: S3Server,  # moto is no judge of this: it looks and stores in two steps
+) -> None:
     """Each has a value of its own and starts at the same moment; whoever is told that the ref moved looks again and
     says that it shall be replaced. Every value ends up in the log, once, and can be pulled."""
     stores = [exchange.store(f"s{number}") for number in range(32)]
