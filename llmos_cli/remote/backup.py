@@ -15,8 +15,9 @@ from llmos_cli.formats.names import RefName
 from llmos_cli.formats.reflog import RefEntry
 from llmos_cli.formats.snapshot import Snapshot, SnapshotName, encode_snapshot, name_snapshot
 from llmos_cli.progress import Progress
-from llmos_cli.remote.catalog import Catalog, read_catalog
+from llmos_cli.remote.catalog import Catalog
 from llmos_cli.remote.open import Remote, is_ready, require_ready
+from llmos_cli.remote.pool import read_secured
 from llmos_cli.remote.push import PushPlan, look_again, plan_objects, send_all
 from llmos_cli.remote.snapshots import Found, Policy, kept_by
 from llmos_cli.store.handle import Store
@@ -66,7 +67,7 @@ def plan_backup(store: Store, remote: Remote, now: datetime | None = None) -> Ba
         if objects:
             manifests.add(oid)
             needed |= objects
-    catalog = read_catalog(store, remote.transport, store.progress) if ready else Catalog({}, {})
+    catalog = read_secured(store, remote.transport, store.progress) if ready else Catalog({}, {})
     time = (now or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="milliseconds")
     snapshot = Snapshot(time, source_of(store), refs, tuple(sorted(manifests)))
     return BackupPlan(snapshot, plan_objects(store, catalog, (), frozenset(needed), initialise=not ready))

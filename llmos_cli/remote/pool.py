@@ -24,12 +24,14 @@ from llmos_cli.formats.ids import IdHasher, ObjectId, object_id, parse_id
 from llmos_cli.formats.layout import FORMAT_FILE, PACK_SUFFIX, PACKS, SNAPSHOTS, pack_key
 from llmos_cli.formats.pack import TRAILER_SIZE, read_index
 from llmos_cli.formats.pool import CARD_KEY, Member, Members, members_key
-from llmos_cli.progress import Task
+from llmos_cli.progress import Progress, Task
 from llmos_cli.remote.ballot import decide, forget_votes, learn
+from llmos_cli.remote.catalog import Catalog, read_catalog
 from llmos_cli.remote.fanout import STALL_SECONDS, Call, ask_all, ask_one
 from llmos_cli.remote.intact import Intact, is_move, is_same_move
 from llmos_cli.remote.placement import ranked
 from llmos_cli.remote.transport import SlowToAsk, Transport, check_key, check_prefix
+from llmos_cli.store.handle import Store
 
 POOL_SCHEME: Final = "pool:"
 _OWN: Final = "pool/"
@@ -80,6 +82,7 @@ class PoolTransport(SlowToAsk):
         self._intact = Intact()
         self._lock = threading.Lock()
         self._lost: dict[str, LlmosError] = {}
+        self._holders: dict[str, frozenset[str]] = {}
 
     @property
     def url(self) -> str:
@@ -118,11 +121,11 @@ class PoolTransport(SlowToAsk):
             self._fence(node)
             return found
 
-        sizes: defaultdict[str, set[int]] = defaultdict(set)
+        sizes: defaultdict[str, dict[str, int]] = defaultdict(dict)
         answers = self._ask(look)
-        for listed in answers.values():
+        for name, listed in answers.items():
             for key, size in listed:
-                sizes[key].add(size)
+                sizes[key][name] = size
         missing, bearable = len(self.nodes) - len(answers), self._bearable(prefix)
         if missing > bearable:
             raise self._too_few(f"{len(self.nodes) - bearable} nodes must answer to know all there is", len(answers))
@@ -258,12 +261,24 @@ class PoolTransport(SlowToAsk):
         if value is not None:
             self.spread(key, value)
 
-    def _listed(self, sizes: Mapping[str, set[int]]) -> Iterator[tuple[str, int]]:
+    def _listed(self, sizes: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, int]]:
         for key, found in sizes.items():
-            size = self.true_size(key, found)
+            size = self.true_size(key, set(found.values()))
             if key.startswith(f"{PACKS}/"):
                 self._intact.expect(key, size)
+                self._holders[key] = frozenset(name for name, there in found.items() if there == size)
             yield key, size
+
+    def lacks_copies(self, pack: ObjectId) -> bool:
+        """Whether a pack that was listed is known to have fewer copies than it should: whoever wrote it was stopped, or
+        a node lost it. Nodes that are away are taken to have theirs."""
+        holders = self._holders.get(pack_key(pack), frozenset())
+        homes = self.rank(pack)[: self.members.replicas]
+        away = [name for name in homes if name in self.nodes and self._is_away(name)]
+        return len(holders) + len(set(away) - holders) < self.members.replicas
+
+    def _is_away(self, name: str) -> bool:
+        return self.nodes[name].state == DOWN or name in self._lost
 
     def rank(self, pack: ObjectId) -> Sequence[str]:
         return ranked(pack, [node.id for node in (*self.members.nodes, *self.members.renewed)])
@@ -350,6 +365,15 @@ def tolerate(transport: Transport) -> None:
     if not isinstance(transport, PoolTransport):
         raise UsageError(f"{transport.url} is not a pool", hint="--allow-degraded is about the copies in a pool")
     transport.degraded = True
+
+
+def read_secured(store: Store, transport: Transport, progress: Progress) -> Catalog:
+    """What a remote has for sure, for a writer to rely on: packs of a pool that lack copies do not count."""
+    catalog = read_catalog(store, transport, progress)
+    if isinstance(transport, PoolTransport) and not transport.degraded:
+        for name in [name for name in catalog.packs if transport.lacks_copies(name)]:
+            catalog = catalog.without_pack(name)
+    return catalog
 
 
 def shortfall(transport: Transport) -> int:

@@ -17,9 +17,10 @@ from llmos_cli.formats.layout import pack_key
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Progress
 from llmos_cli.remote.ancestry import rests_on
-from llmos_cli.remote.catalog import Catalog, list_remote_packs, read_catalog
+from llmos_cli.remote.catalog import Catalog, list_remote_packs
 from llmos_cli.remote.listing import is_published, publish
 from llmos_cli.remote.open import Remote, is_ready, require_ready
+from llmos_cli.remote.pool import read_secured
 from llmos_cli.remote.refs import RemoteRef, list_remote_refs, move_remote_ref, read_remote_ref
 from llmos_cli.remote.send import Shipment, plan_shipments, send
 from llmos_cli.remote.signed import send_signatures
@@ -100,7 +101,7 @@ def plan_push(store: Store, remote: Remote, refs: Sequence[RefName] | None, *, f
     for item in pushed:
         if item.id not in needed:
             needed.update(objects_of(item.id, read_manifest(store, item.id)))
-    catalog = read_catalog(store, remote.transport, store.progress) if ready else Catalog({}, {})
+    catalog = read_secured(store, remote.transport, store.progress) if ready else Catalog({}, {})
     return plan_objects(store, catalog, pushed, frozenset(needed), initialise=not ready)
 
 
@@ -232,5 +233,5 @@ def look_again(store: Store, remote: Remote, plan: PushPlan, sent: dict[ObjectId
 
 
 def _replan(store: Store, remote: Remote, plan: PushPlan) -> PushPlan:
-    catalog = read_catalog(store, remote.transport, store.progress)
+    catalog = read_secured(store, remote.transport, store.progress)
     return plan_objects(store, catalog, plan.refs, plan.needed, initialise=False)
