@@ -1,7 +1,7 @@
 """`llmos diff`: what differs between two objects.
 
 With --json, one object. A status is equal, changed, added or removed; null is what there is not.
-  old, new        ref, id, kind, size
+  old, new        ref, remote (null: in this store), id, kind, size
   same            whether they are one object
   shared_bytes    bytes of the new one that lie in chunks of the old one
   summary         tensors, tensor_bytes and files by status; values {compared, changed}; distance of what changed
@@ -23,19 +23,19 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import shorten
 
 if TYPE_CHECKING:
+    from llmos_cli.remote.view import Found
     from llmos_cli.store.census import Tensor
     from llmos_cli.store.changes import Changes
     from llmos_cli.store.diff import Comparison
     from llmos_cli.store.distance import Distance
-    from llmos_cli.store.resolve import Resolved
 
 CUT_JSON = 500
 
 
 def diff(
     ctx: typer.Context,
-    old: Annotated[str, typer.Argument(metavar="OLD_REF", help="What it was.", show_default=False)],
-    new: Annotated[str, typer.Argument(metavar="NEW_REF", help="What it is now.", show_default=False)],
+    old: Annotated[str, typer.Argument(metavar="OLD_REF", help="What it was, or REMOTE/REF.", show_default=False)],
+    new: Annotated[str, typer.Argument(metavar="NEW_REF", help="What it is now, or REMOTE/REF.", show_default=False)],
     *,
     everything: Annotated[bool, typer.Option("--all", help="List all that differs, not only a screenful.")] = False,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 1 if they differ.")] = False,
@@ -46,18 +46,22 @@ def diff(
     share of values that differ, L2 the length of the whole change over that of the old values, LARGEST and MEAN the
     absolute change of one value, BITS how many of its bits differ on average. What changed most stands first.
 
+    If a side is REMOTE/REF, nothing is pulled: which tensors differ is told, not how far they moved.
+
     Examples:
       llmos diff base tuned
       llmos diff tiny~1 tiny --all
+      llmos diff tiny nas/tiny
       llmos diff base tuned --json | jq '.summary.distance.relative'
     """
+    from llmos_cli.remote.view import resolve_anywhere
     from llmos_cli.store.diff import compare
-    from llmos_cli.store.resolve import resolve
 
     here = session(ctx)
     with here.open_store() as store:
-        sources = resolve(store, old), resolve(store, new)
-        found = compare(store, sources[0].id, sources[1].id, here.out.progress)
+        sources = resolve_anywhere(store, old, here.cwd), resolve_anywhere(store, new, here.cwd)
+        far = any(source.remote for source in sources)
+        found = compare(store, sources[0].id, sources[1].id, here.out.progress, measure=not far)
     same = sources[0].id == sources[1].id
     for problem in found.problems:
         here.out.warn(problem)
@@ -69,16 +73,28 @@ def diff(
         for line in fact_lines(summary_facts(found)):
             here.out.line(line)
         DiffPage(here.out, everything).show(found)
+        if (
+            far
+            and found.tensors.overall is None
+            and any(tensor.status == "changed" for tensor in found.tensors.tensors)
+        ):
+            here.out.say("how far tensors moved is measured where both are here: llmos pull")
     if exit_code and not same:
         raise typer.Exit(1)
 
 
-def _as_json(sources: "tuple[Resolved, Resolved]", found: "Comparison") -> dict[str, Any]:
+def _as_json(sources: "tuple[Found, Found]", found: "Comparison") -> dict[str, Any]:
     sides = zip(("old", "new"), sources, (found.old, found.new), strict=True)
     tensors = found.tensors.tensors
     return {
         **{
-            side: {"ref": source.label, "id": str(source.id), "kind": manifest.kind, "size": manifest.size}
+            side: {
+                "ref": source.local_label,
+                "remote": source.remote,
+                "id": str(source.id),
+                "kind": manifest.kind,
+                "size": manifest.size,
+            }
             for side, source, manifest in sides
         },
         "same": sources[0].id == sources[1].id,

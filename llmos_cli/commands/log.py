@@ -21,29 +21,28 @@ SHOWN_PARAMS = 6
 
 def log(
     ctx: typer.Context,
-    ref: Annotated[str, typer.Argument(metavar="REF", help="Whose history.", show_default=False)],
+    ref: Annotated[str, typer.Argument(metavar="REF", help="Whose history, or REMOTE/REF.", show_default=False)],
 ) -> None:
     """Show a ref's history and the tree of what it was made from.
 
-    The newest value stands first. REF, REF~1, REF~2 and so on name them for every other command.
+    The newest value stands first. REF, REF~1, REF~2 and so on name them for every other command. Of REMOTE/REF only
+    the moves and manifests are read, and nothing is kept.
 
     Examples:
       llmos log tiny
       llmos log tiny:v1 --json
       llmos log @3f2a9c01
+      llmos log nas/tiny
     """
-    from llmos_cli.formats.names import parse_target
+    from llmos_cli.remote.view import history as moves_of
+    from llmos_cli.remote.view import resolve_anywhere, signers_of
     from llmos_cli.store.lineage import trace
-    from llmos_cli.store.refs import ref_history
-    from llmos_cli.store.resolve import resolve
-    from llmos_cli.store.signatures import signers
 
     here = session(ctx)
-    target = parse_target(ref)
     with here.open_store() as store:
-        source = resolve(store, ref)
-        moves = ref_history(store, target.ref) if target.ref else []
-        signed = [signers(store, move.ref, move.id, move.sequence) for move in moves]
+        source = resolve_anywhere(store, ref, here.cwd)
+        moves = moves_of(store, source)
+        signed = [signers_of(store, source, move) for move in moves]
         lineage = trace(store, source.id)
     history = [
         {
@@ -57,9 +56,10 @@ def log(
         for move, by in zip(moves, signed, strict=True)
     ]
     objects = {str(oid): _as_json(ancestor) for oid, ancestor in lineage.objects.items()}
-    here.out.result({"ref": source.label, "id": str(source.id), "history": history, "objects": objects})
-    if target.ref:
-        here.out.line(f"History of {target.ref}")
+    found = {"ref": source.local_label, "remote": source.remote, "id": str(source.id)}
+    here.out.result({**found, "history": history, "objects": objects})
+    if source.named:
+        here.out.line(f"History of {source.at(source.named)}")
         rows = [
             [
                 "  " + (f"~{back}" if back else "now"),
@@ -73,12 +73,13 @@ def log(
         here.out.table(["  value", "id", "when", "who", "what"], rows, spare={2, 3})
         here.out.line()
     here.out.line("Made from")
-    for line in _tree(lineage, source.label, plain=here.out.plain):
+    for line in _tree(lineage, source.label if source.remote else None, plain=here.out.plain):
         here.out.line("  " + line)
 
 
-def _tree(lineage: "Lineage", label: str, *, plain: bool) -> Sequence[str]:
-    """The lineage as lines: an object, below it the command that made it, below that its inputs and sources."""
+def _tree(lineage: "Lineage", label: str | None, *, plain: bool) -> Sequence[str]:
+    """The lineage as lines: an object, below it the command that made it, below that its inputs and sources. The root
+    is called by its `label` (None: by the ref that names it)."""
     shown: set[ObjectId] = set()
 
     def children(node: tuple[str, Any]) -> list[tuple[str, Any]]:
@@ -101,13 +102,15 @@ def _tree(lineage: "Lineage", label: str, *, plain: bool) -> Sequence[str]:
             more = ["..."] if len(value) > SHOWN_SOURCES else []
             total = size(sum(source.size for source in value))
             return f"{plural(len(value), 'file')}, {total}: {', '.join(names + more)}"
-        return kind + _object(lineage.objects[value], seen=value in shown)
+        name = label if value == lineage.root else None
+        return kind + _object(lineage.objects[value], name, seen=value in shown)
 
     return list(tree_lines(("", lineage.root), text, children, plain=plain))
 
 
-def _object(ancestor: "Ancestor", *, seen: bool) -> str:
-    name = f"{ancestor.labels[0]} @{ancestor.id.short}" if ancestor.labels else f"@{ancestor.id.short}"
+def _object(ancestor: "Ancestor", label: str | None, *, seen: bool) -> str:
+    names = [label] if label else ancestor.labels
+    name = f"{names[0]} @{ancestor.id.short}" if names else f"@{ancestor.id.short}"
     if ancestor.manifest is None:
         return f"{name}  ({ancestor.problem})"
     shown = f"{name}  {ancestor.manifest.kind}, {size(ancestor.manifest.size)}"

@@ -9,6 +9,7 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import plural, size, when
 
 if TYPE_CHECKING:
+    from llmos_cli.formats.names import RefName
     from llmos_cli.store.refs import RefEntry
 
 SHOWN_DAMAGED = 5
@@ -17,36 +18,58 @@ SHOWN_DAMAGED = 5
 def ls(
     ctx: typer.Context,
     pattern: Annotated[
-        str | None, typer.Argument(metavar="PATTERN", help="Only refs that match, as in 'web*'.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="PATTERN", help="Only refs that match, as in 'web*', or REMOTE/PATTERN.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """List what the store holds, by name.
 
-    PATTERN is matched against NAME and NAME:TAG; '*' stands for anything.
+    PATTERN is matched against NAME and NAME:TAG; '*' stands for anything. REMOTE/ lists what is at a remote, as does
+    the name of a remote where no ref here has it.
 
     Examples:
       llmos ls
       llmos ls 'tiny*'
-      llmos ls --json
+      llmos ls nas
+      llmos ls 'nas/tiny*' --json
     """
     from fnmatch import fnmatchcase
 
+    from llmos_cli.remote.refs import list_remote_refs
+    from llmos_cli.remote.view import look_at, split_remote
     from llmos_cli.store.refs import read_ref, ref_names
     from llmos_cli.store.summaries import summaries
 
     here = session(ctx)
     listed, rows, damaged = [], [], []
     with here.open_store() as store:
+        names = ref_names(store)
+        parts = split_remote(pattern) if pattern else None
+        if pattern and pattern in store.config.remotes and not any(ref.name == pattern for ref in names):
+            parts = pattern, ""
+        view = look_at(store, parts[0], here.cwd) if parts else None
+        wanted = parts[1] if parts else pattern
+
+        def matches(ref: "RefName") -> bool:
+            return not wanted or fnmatchcase(str(ref), wanted) or fnmatchcase(ref.name, wanted)
+
         entries: dict[str, RefEntry | None] = {}  # None: damaged
-        for ref in ref_names(store):
-            if pattern and not fnmatchcase(str(ref), pattern) and not fnmatchcase(ref.name, pattern):
+        if view:
+            there = list_remote_refs(view.remote.transport, store.progress, matches)
+            entries = {str(ref): seen.entry for ref, seen in there.items()}
+        for ref in () if view else names:
+            if not matches(ref):
                 continue
             try:
                 if entry := read_ref(store, ref):
                     entries[str(ref)] = entry
             except Damaged:
                 entries[str(ref)] = None
-        known = summaries(store, (entry.id for entry in entries.values() if entry))
+        listing = (entry.id for entry in entries.values() if entry)
+        known = summaries(store, (oid for oid in listing if view is None or view.entries(oid)))
+        place = view.remote.transport.url if view else str(store.root)
     for name, entry in entries.items():
         if entry is None:
             damaged.append(name)
@@ -68,17 +91,19 @@ def ls(
         )
         shown = size(about.size) if about else "?"
         rows.append([name, about.kind if about else "damaged", entry.id.short, shown, when(entry.time)])
-    here.out.result({"store": str(store.root), "refs": listed})
+    here.out.result({"store": str(store.root), "remote": view.remote.name if view else None, "refs": listed})
     if rows:
         here.out.table(["ref", "kind", "id", "size", "changed"], rows, right={3}, spare={1, 4})
-    elif pattern:
+    elif wanted:
         here.out.say(f"no ref matches {pattern!r}")
+    elif view:
+        here.out.say(f"{view.label} has no refs")
     else:
         here.out.say(f"the store {store.root} is empty")
         here.out.hint("llmos add PATH NAME")
     if damaged:
         named = ", ".join([*damaged[:SHOWN_DAMAGED], *(["..."] if len(damaged) > SHOWN_DAMAGED else [])])
         raise Damaged(
-            f"{plural(len(damaged), 'ref')} damaged, or without a manifest: {named}",
-            hint="see what is wrong: llmos fsck",
+            f"{plural(len(damaged), 'ref')} damaged, or without a manifest: {named} ({place})",
+            hint="see what is wrong: llmos fsck" if view is None else "push them again from a store that is whole",
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmos_cli.errors import NotFound
+from llmos_cli.errors import NotFound, UsageError
 from llmos_cli.ui.facts import fact_lines, json_text
 from llmos_cli.ui.output import Output
 from llmos_cli.ui.session import session
@@ -24,7 +24,7 @@ TRAINING = "training/"  # a checkpoint's state beside its model
 
 def show(
     ctx: typer.Context,
-    ref: Annotated[str, typer.Argument(metavar="REF", help="What to show.", show_default=False)],
+    ref: Annotated[str, typer.Argument(metavar="REF", help="What to show, or REMOTE/REF.", show_default=False)],
     *,
     files: Annotated[bool, typer.Option("--files", help="List every file.")] = False,
     tensors: Annotated[
@@ -39,23 +39,27 @@ def show(
     With --tensors, STORED is what a tensor takes in the store and CODEC how it is stored there. With --sha256, files
     are read once to be hashed, and the digests are kept: the next time they are there at once.
 
+    REMOTE/REF is looked at where it is: only the manifest and the tensors' headers are fetched, and nothing is kept.
+
     Examples:
       llmos show tiny
       llmos show web --files
       llmos show tiny --tensors
       llmos show tiny --sha256 | (cd tiny-folder && sha256sum -c)
       llmos show @3f2a9c01 --json
+      llmos show nas/tiny:v1 --tensors
     """
+    from llmos_cli.remote.view import resolve_anywhere, signers_of, split_remote
     from llmos_cli.store.census import footprints, take_census
     from llmos_cli.store.digests import sha256_files
     from llmos_cli.store.lineage import describe_recipe, ref_labels
     from llmos_cli.store.objects import read_manifest
-    from llmos_cli.store.resolve import resolve
-    from llmos_cli.store.signatures import signers
 
     here = session(ctx)
+    if sha256 and (parts := split_remote(ref)):
+        raise UsageError("--sha256 reads every byte, and those are not here", hint=f"llmos pull {parts[0]} {parts[1]}")
     with here.open_store() as store:
-        source = resolve(store, ref)
+        source = resolve_anywhere(store, ref, here.cwd)
         manifest = read_manifest(store, source.id)
         made_from = manifest.recipe.inputs.values() if manifest.recipe else ()
         labels = ref_labels(store, [source.id, *made_from])
@@ -63,7 +67,7 @@ def show(
         if tensors and not census.tensors and not census.problems:
             raise NotFound(f"{source.label} has no tensors", hint=f"see its files: llmos show {ref} --files")
         stored = footprints(store, census.tensors) if tensors else []
-        signed = signers(store, source.ref, source.id) if source.ref else []
+        signed = signers_of(store, source)
         digests = sha256_files(store, manifest.files, here.out.progress) if sha256 else {}
     for problem in census.problems:
         here.out.warn(problem)
@@ -73,7 +77,8 @@ def show(
     here.out.result(
         {
             "id": str(source.id),
-            "ref": source.label,
+            "ref": source.local_label,
+            "remote": source.remote,
             "refs": list(labels.get(source.id, ())),
             "kind": manifest.kind,
             "size": manifest.size,

@@ -263,20 +263,34 @@ def remote_base(store: Store, transport: Transport, catalog: Catalog, delta: Ent
     try:
         return indexed_base(store, delta)
     except Damaged as exc:
-        problem: Damaged = exc
+        found = read_in_place(store, transport, catalog, delta.base, below=delta.depth)
+        if found is None:
+            raise exc
+        return found[1]
+
+
+def read_in_place(
+    store: Store, transport: Transport, catalog: Catalog, oid: ObjectId, *, below: int = limits.DELTA_DEPTH + 1
+) -> tuple[Entry, memoryview] | None:
+    """An object's plain bytes from the remote, proven and not kept; None if it is not there. Copies of depth `below` or
+    deeper do not count. Raises Damaged if no copy is what it should be."""
     base_of = partial(remote_base, store, transport, catalog)
-    for place in catalog.places(delta.base):
-        if place.entry.depth < delta.depth:
-            try:
-                proven = prove_object(transport, place, base_of)
-            except BadPack as exc:
-                problem = Damaged(exc.problem.message, hint=exc.problem.hint)
-                continue
-            base = base_of(place.entry) if place.entry.depth else None
-            plain = memoryview(bytearray(proven.frame.plain_size))
-            decode_payload(proven.frame, proven.payload, plain, base)
-            return plain
-    raise problem
+    problem: Damaged | None = None
+    for place in catalog.places(oid):
+        if place.entry.depth >= below:
+            continue
+        try:
+            proven = prove_object(transport, place, base_of)
+        except BadPack as exc:
+            problem = Damaged(exc.problem.message, hint=exc.problem.hint)
+            continue
+        base = base_of(place.entry) if place.entry.depth else None
+        plain = memoryview(bytearray(proven.frame.plain_size))
+        decode_payload(proven.frame, proven.payload, plain, base)
+        return place.entry, plain
+    if problem:
+        raise problem
+    return None
 
 
 def _no_base(delta: Entry) -> memoryview:

@@ -4,7 +4,7 @@ A move is the exclusive creation of the next number; whoever comes second is tol
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -41,8 +41,10 @@ class RemoteRef:
         return self.entry.id if self.entry else None
 
 
-def list_remote_refs(transport: Transport, progress: Progress) -> dict[RefName, RemoteRef]:
-    """Every ref as it is now, by name, those that cannot be read included."""
+def list_remote_refs(
+    transport: Transport, progress: Progress, wanted: Callable[[RefName], bool] = lambda ref: True
+) -> dict[RefName, RemoteRef]:
+    """Every ref that is `wanted` as it is now, by name, those that cannot be read included."""
     numbers: defaultdict[RefName, set[int]] = defaultdict(set)
     signed: defaultdict[RefName, set[str]] = defaultdict(set)
     for key, _ in transport.list(f"{REFS}/"):
@@ -55,7 +57,7 @@ def list_remote_refs(transport: Transport, progress: Progress) -> dict[RefName, 
     def read(ref: RefName) -> RemoteRef:
         return _with_signatures(_read(transport, ref, sorted(numbers[ref]), progress), signed[ref])
 
-    with closing(in_order(read, sorted(numbers), workers=_STREAMS)) as refs:
+    with closing(in_order(read, sorted(filter(wanted, numbers)), workers=_STREAMS)) as refs:
         return {seen.ref: seen for seen in refs if seen.entry or seen.problem}
 
 

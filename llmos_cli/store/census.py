@@ -118,9 +118,10 @@ def footprints(store: Store, tensors: Iterable[Tensor]) -> list[Footprint]:
 
 def _stored(store: Store, oid: ObjectId, *, searched: bool) -> tuple[str, int]:
     """The codec and the stored bytes of a chunk; what the index lacks is looked for in new packs once a tensor."""
-    if not searched and not store.index.has(oid):
+    if not searched and not store.elsewhere and not store.index.has(oid):
         sync_index(store)
     copies = [location.entry for location in store.index.locate(oid)]
+    copies = copies or [entry for place in store.elsewhere for entry in place.entries(oid)]
     if not copies:
         return MISSING, 0
     entry = min(copies, key=lambda copy: copy.depth)

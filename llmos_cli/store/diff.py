@@ -67,11 +67,12 @@ class Comparison:
     problems: tuple[str, ...]
 
 
-def compare(store: Store, old: ObjectId, new: ObjectId, progress: Progress) -> Comparison:
-    """Compare two objects; raises Damaged, naming it, for an object that cannot be read."""
+def compare(store: Store, old: ObjectId, new: ObjectId, progress: Progress, *, measure: bool = True) -> Comparison:
+    """Compare two objects; unless `measure`, without reading the tensors that differ. Raises Damaged, naming it, for an
+    object that cannot be read."""
     before, after = read_manifest(store, old), read_manifest(store, new)
     left, right = take_census(store, before), take_census(store, after)
-    tensors = compare_tensors(store, left, right, progress)
+    tensors = compare_tensors(store, left, right, progress, measure=measure)
     chunks = {chunk.id for entry in before.files for chunk in entry.chunks}
     return Comparison(
         before,

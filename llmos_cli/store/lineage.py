@@ -49,7 +49,7 @@ def trace(store: Store, root: ObjectId) -> Lineage:
         if oid in objects:
             continue
         manifest, problem = None, None
-        if oid == root or store.index.has(oid):
+        if oid == root or store.index.has(oid) or any(place.entries(oid) for place in store.elsewhere):
             try:
                 manifest = read_manifest(store, oid)
             except Damaged as exc:
@@ -57,7 +57,7 @@ def trace(store: Store, root: ObjectId) -> Lineage:
                     raise
                 problem = exc.message
         else:
-            problem = "not in this store"
+            problem = "not in this store" if not store.elsewhere else "neither there nor in this store"
         objects[oid] = Ancestor(oid, manifest, problem, labels.get(oid, ()))
         waiting.extend(objects[oid].inputs.values())
     return Lineage(root, objects)

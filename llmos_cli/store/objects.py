@@ -2,6 +2,7 @@
 
 An object that is not where the index says is looked for in packs the index does not know, in the trash and in every
 pack itself before it is an error: a crash, another process or a gc may have moved it, or the index may be wrong.
+While a command looks at a remote in place (`store.elsewhere`), what the index lacks is asked for there.
 """
 
 from bisect import bisect_right
@@ -133,9 +134,12 @@ def _read(
     that `out_for` gives. Copies of depth `below` or deeper do not count."""
     problem: Damaged | None = None
     damaged = False
+    out: memoryview | None
     for search in (None, _in_new_packs, restore_from_trash, find_in_packs):
         if search is find_in_packs and damaged:
             break
+        if search is _in_new_packs and (out := _from_elsewhere(store, oid, out_for)) is not None:
+            return out
         if search:
             search(store, oid)
         for location in store.index.locate(oid):
@@ -160,7 +164,20 @@ def _read(
                 problem = exc
                 problem.hint = problem.hint or _FSCK
                 damaged = _is_damaged(store, location) or damaged
+    if problem is None and store.elsewhere:
+        others = ", ".join(place.label for place in store.elsewhere)
+        raise Damaged(f"object {oid.short} is missing at {others}, and from the store")
     raise problem or Damaged(f"object {oid.short} is missing from the store", hint=_FSCK)
+
+
+def _from_elsewhere(store: Store, oid: ObjectId, out_for: Callable[[Entry], memoryview]) -> memoryview | None:
+    for place in store.elsewhere:
+        if found := place.read(oid):
+            entry, plain = found
+            out = out_for(entry)
+            out[:] = plain
+            return out
+    return None
 
 
 def _asked_for(path: Path, entry: Entry, out_for: Callable[[Entry], memoryview]) -> memoryview:

@@ -27,6 +27,9 @@ class Resolved:
 
 def resolve(store: Store, text: str) -> Resolved:
     """Find the manifest; raises UsageError (malformed or ambiguous) or NotFound with the nearest name."""
+    remote, slash, rest = text.partition("/")
+    if slash and remote in store.config.remotes:
+        raise UsageError(f"{text[:200]!r} is at a remote, and is needed here", hint=f"llmos pull {remote} {rest[:200]}")
     target = parse_target(text)
     if target.prefix is not None:
         return Resolved(_by_prefix(store, target.prefix), None)

@@ -164,6 +164,11 @@ def signers(store: Store, ref: RefName, oid: ObjectId, sequence: int | None = No
         entry = read_ref(store, ref)
         sequence = entry.sequence if entry else 0
     files = [data for name, data in sorted(_files(store, ref).items()) if parse_signature_name(name) == sequence]
+    return judge_all(store, ref, oid, files)
+
+
+def judge_all(store: Store, ref: RefName, oid: ObjectId, files: Sequence[bytes]) -> list[Signed]:
+    """What signatures' files say about a value of a ref, judged by whom this store trusts."""
     if files and not has_cryptography():
         return [Signed(UNCHECKED, None, None, "the package 'cryptography' is missing")]
     now = datetime.now(UTC)

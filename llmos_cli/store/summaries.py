@@ -32,8 +32,9 @@ def summaries(store: Store, manifests: Iterable[ObjectId]) -> dict[ObjectId, Sum
     for oid in ids:
         noted = _parse(known.get(oid, b""))
         holder = find_holder(store, oid, packs) if noted else None
-        if noted and holder:
+        if holder:
             packs.add(holder)
+        if noted and (holder or any(place.entries(oid) for place in store.elsewhere)):
             found[oid] = noted
             continue
         try:

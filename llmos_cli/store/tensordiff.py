@@ -81,11 +81,19 @@ class _Piece:
         return (self.old[1] - self.old[0]) + (0 if self.same else self.new[1] - self.new[0])
 
 
-def compare_tensors(store: Store, left: Census, right: Census, progress: Progress) -> TensorDiffs:
-    """Compare all tensors of two objects; raises Damaged, naming it, for an object that cannot be read."""
+def compare_tensors(
+    store: Store, left: Census, right: Census, progress: Progress, *, measure: bool = True
+) -> TensorDiffs:
+    """Compare all tensors of two objects; raises Damaged, naming it, for an object that cannot be read. Unless
+    `measure`, only those are read of which the chunks do not tell whether they are equal."""
     layouts = (_layouts(left), _layouts(right))
     diffs = [_by_ids(diff, layouts) for diff in _pair(left.tensors, right.tensors)]
-    pieces = [piece for number, diff in enumerate(diffs) for piece in _pieces(number, diff, layouts)]
+    pieces = [
+        piece
+        for number, diff in enumerate(diffs)
+        if measure or _cut_otherwise(diff, layouts)
+        for piece in _pieces(number, diff, layouts)
+    ]
     readers = (_readers(store, left), _readers(store, right))
     tallies: dict[int, Tally] = {}
     if pieces:
@@ -163,6 +171,19 @@ def _pieces(number: int, diff: TensorDiff, layouts: tuple[dict[str, Layout], dic
         there = new.start + first * widths[1], new.start + last * widths[1]
         same = old.dtype == new.dtype and list(a.runs(*here)) == list(b.runs(*there))
         yield _Piece(number, here, there, same)
+
+
+def _cut_otherwise(diff: TensorDiff, layouts: tuple[dict[str, Layout], dict[str, Layout]]) -> bool:
+    """Whether both sides may have the same bytes in other chunks."""
+    if diff.equal or diff.old is None or diff.new is None:
+        return False
+    a, b = diff.old.info, diff.new.info
+    if (a.dtype, a.shape, a.end - a.start) != (b.dtype, b.shape, b.end - b.start):
+        return False
+    runs = layouts[0][diff.old.file.path].runs(a.start, a.end), layouts[1][diff.new.file.path].runs(b.start, b.end)
+    return [(run.first, run.size, run.chunk_size) for run in runs[0]] != [
+        (run.first, run.size, run.chunk_size) for run in runs[1]
+    ]
 
 
 def _common_words(old: Tensor, new: Tensor) -> int:

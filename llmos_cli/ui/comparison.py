@@ -27,7 +27,7 @@ SHOWN_CHANGES = 8
 NARROW_COLUMNS = 80  # below this, names of tensors need more room than some numbers
 VALUE_WIDTH = 34
 VALUE_WIDTH_ALL = 500
-_RESHAPED = ("shape", "added", "removed", "dtype")
+_RESHAPED = ("shape", "added", "removed", "dtype", "values")
 _ID = re.compile("[0-9a-f]{64}")
 
 
@@ -184,13 +184,15 @@ def _broke(found: "Distance") -> bool:
 
 
 def _reshaped(tensor: "TensorDiff") -> str | None:
-    """What no row of numbers says: that a tensor is new or gone, or has another shape or, unmeasured, another dtype."""
+    """What no row of numbers says: that a tensor is new or gone, has another shape or, unmeasured, dtype or values."""
     old, new = tensor.old, tensor.new
     if not old or not new:
         return tensor.status
     if old.info.shape != new.info.shape:
         return "shape"
-    return "dtype" if old.info.dtype != new.info.dtype and not tensor.distance else None
+    if tensor.distance:
+        return None
+    return "dtype" if old.info.dtype != new.info.dtype else "values"
 
 
 def _columns(found: "Distance") -> list[str]:

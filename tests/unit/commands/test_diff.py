@@ -207,7 +207,8 @@ def test_escape_sequences_reach_no_terminal(llmos: Llmos, store: Path) -> None:
         (("diff", "bass", "tuned"), 10, "did you mean base"),
         (("diff", "base", "tuned~3"), 10, "no value 3 moves back"),
         (("diff", "base"), 2, "NEW_REF"),
-        (("diff", "base", "a/b"), 2, "malformed ref"),
+        (("diff", "base", "a//b"), 2, "malformed ref"),
+        (("diff", "base", "a/b"), 10, "no remote 'a'"),
         (("diff", "base", "@0000"), 10, "no manifest @0000"),
     ],
 )
