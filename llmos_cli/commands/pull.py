@@ -1,5 +1,6 @@
 """`llmos pull`: take from a remote what the store lacks."""
 
+import re
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,10 +11,12 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import duration, plural, size
 
 if TYPE_CHECKING:
+    from llmos_cli.remote.partial import Selection
     from llmos_cli.remote.pull import PulledRef
     from llmos_cli.ui.session import Session
 
 _HUB = "hf://"
+_PAIRS = {"--layers": "--layers 0-7, or one as in --layers 3", "--rank": "--rank 0/4 for the first of four"}
 _DONE = {"new": "new", "moved": "moved", "forced": "moved, forced"}
 
 
@@ -28,8 +31,20 @@ def pull(
     force: Annotated[
         bool, typer.Option("--force", help="Take the remote's value where both sides have changed.")
     ] = False,
-    files: Annotated[
-        list[str] | None, typer.Option("--files", metavar="GLOB", help="From a hub: take these files.")
+    files: Annotated[list[str] | None, typer.Option("--files", metavar="GLOB", help="Take only these files.")] = None,
+    tensors: Annotated[
+        list[str] | None, typer.Option("--tensors", metavar="GLOB", help="Take only tensors with these names.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", metavar="A-B", help="Take only tensors of these layers.", show_default=False),
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option("--rank", metavar="R/W", help="Take only the share of process R of W.", show_default=False),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--as", metavar="NAME", help="What to call such a part here.", show_default=False)
     ] = None,
     require_signed: Annotated[
         bool, typer.Option("--require-signed", help="Only refs that somebody trusted has signed.")
@@ -47,6 +62,12 @@ def pull(
     (llmos tag --sign), the signature has not expired and no later one has been seen; nothing is taken otherwise. The
     line 'require_signed = ["nas"]' at the top of config.toml asks for that at every pull from nas, "*" from anywhere.
 
+    A part of one ref is taken with --files, --tensors, --layers or --rank: only its bytes are fetched, and they become
+    an object of their own, REF-part or what --as says. A later pull of the whole fetches the rest. --files takes whole
+    files; the others choose, from the safetensors files that remain, the tensors that all of them allow. --layers goes
+    by the first number in a tensor's name. --rank 0/4 is the first of four shares, REF-0-of-4: the tensors in their
+    order, cut into runs of about equal bytes, so that all ranks together have each tensor once.
+
     hf://ORG/NAME[@REVISION] is a model of a Hugging Face hub, kept under REF (by default NAME). It is pinned to the
     commit that the revision is now, and each file is checked against the hub's digest. Taken is what a model needs from
     the top folder: safetensors, JSON, tokenizers, chat templates, licence; pickles (.bin, .pt), which can run code when
@@ -56,6 +77,8 @@ def pull(
       llmos pull nas tiny
       llmos pull nas web:v2 tiny
       llmos pull /mnt/usb/models --all --dry-run
+      llmos pull nas tiny --layers 0-7 --as tiny-front
+      llmos pull nas tiny --files '*.json' --rank 0/4
       llmos pull hf://Qwen/Qwen3-0.6B qwen
       llmos pull hf://ORG/NAME-GGUF@v1.0 --files '*Q4_K_M.gguf'
     """
@@ -66,7 +89,12 @@ def pull(
     from llmos_cli.remote.signed import must_be_signed
 
     here = session(ctx)
+    by_tensor = bool(tensors or layers or rank)
     if remote.startswith(_HUB):
+        if by_tensor or name:
+            raise UsageError(
+                "a hub gives whole files", hint=f"llmos pull {remote} {(refs or ['NAME'])[0]} --files '*.safetensors'"
+            )
         if everything or prune or len(refs or []) > 1:
             raise UsageError("a model from a hub has one name here", hint=f"llmos pull {remote} NAME")
         if require_signed:
@@ -74,8 +102,21 @@ def pull(
                 "a hub signs no refs", hint="pull it, look at it, and sign it yourself: llmos tag REF --sign KEY"
             )
         return _pull_from_hub(here, remote, refs[0] if refs else None, files or [], force=force, dry_run=dry_run)
-    if files:
-        raise UsageError("--files is for models from a hub", hint="llmos pull --help")
+    if files or by_tensor:
+        if everything or prune or len(refs or []) != 1:
+            raise UsageError("a part is of one ref", hint=f"llmos pull {remote} REF --files '*.json'")
+        return _pull_part(
+            here,
+            remote,
+            (refs or [""])[0],
+            _selection(files, tensors, layers, rank),
+            name,
+            force=force,
+            require_signed=require_signed,
+            dry_run=dry_run,
+        )
+    if name:
+        raise UsageError("--as names a part", hint=f"pull it, then: llmos tag {(refs or ['REF'])[0]} {name}")
     if bool(refs) == everything:
         raise UsageError("name the refs to pull, or use --all", hint=f"llmos pull {remote} --all")
     if prune and not everything:
@@ -134,6 +175,87 @@ def pull(
         took = "" if dry_run else f", {duration(seconds)}"
         reused = f", {plural(done.reused, 'object')} here already" if done and done.reused else ""
         here.out.say(f"{size(received)} {verb}{reused}{took}")
+
+
+def _selection(files: list[str] | None, tensors: list[str] | None, layers: str | None, rank: str | None) -> "Selection":
+    from llmos_cli.remote.partial import Selection
+
+    def pair(text: str | None, pattern: str, option: str) -> tuple[int, int] | None:
+        if text is None:
+            return None
+        match = re.fullmatch(pattern, text)
+        if match is None:
+            raise UsageError(f"malformed {option} {text[:80]!r}", hint=f"write {_PAIRS[option]}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if (first > last) if option == "--layers" else (first >= last):
+            raise UsageError(f"{option} {text} is nothing", hint=f"write {_PAIRS[option]}")
+        return first, last
+
+    return Selection(
+        tuple(files or ()),
+        tuple(tensors or ()),
+        pair(layers, r"([0-9]{1,6})(?:-([0-9]{1,6}))?", "--layers"),
+        pair(rank, r"([0-9]{1,6})/([0-9]{1,6})", "--rank"),
+    )
+
+
+def _pull_part(
+    here: "Session",
+    text: str,
+    ref_text: str,
+    selection: "Selection",
+    name: str | None,
+    *,
+    force: bool,
+    require_signed: bool,
+    dry_run: bool,
+) -> None:
+    from llmos_cli.formats.names import parse_ref
+    from llmos_cli.remote.open import find_remote
+    from llmos_cli.remote.partial import execute_part, plan_part
+    from llmos_cli.remote.view import open_view
+
+    ref = parse_ref(ref_text)
+    target = parse_ref(name) if name else selection.part_of(ref)
+    start = time.monotonic()
+    with here.open_store() as store:
+        view = open_view(store, find_remote(store, text, here.cwd))
+        plan = plan_part(store, view, ref, selection, target, force=force, signed=require_signed)
+        done = None if dry_run else execute_part(store, view, plan, here.out.progress)
+    seconds = time.monotonic() - start
+    received = done.received if done else plan.pull.total_bytes
+    status = "unchanged" if done and done.unchanged else "moved" if plan.current else "new"
+    described = {
+        "ref": str(target),
+        "id": str(done.id) if done else None,
+        "previous": str(plan.current) if plan.current else None,
+        "status": status,
+    }
+    here.out.result(
+        {
+            "remote": view.remote.name,
+            "url": view.remote.transport.url,
+            "refs": [described],
+            "id": described["id"],
+            "ref": str(target),
+            "part_of": {"ref": str(ref), "id": str(plan.source_id)},
+            "files": [entry.path for entry in plan.files],
+            "tensors": [info.name for _, infos in plan.tensors for info in infos],
+            "received": received,
+            "reused": done.reused if done else None,
+            "dry_run": dry_run,
+            "seconds": round(seconds, 3),
+        }
+    )
+    counts = [plural(len(plan.files), "file")] if plan.files else []
+    counts += [plural(plan.tensor_count, "tensor")] if plan.tensors else []
+    what = f"{' and '.join(counts)} of {view.label}/{ref}"
+    if done is None:
+        here.out.line(f"would pull {what} as {target}")
+    else:
+        here.out.line(f"pulled {what} as {target} @{done.id.short} ({status})")
+    verb = "to fetch" if dry_run else "received"
+    here.out.say(f"{size(received)} {verb}" + ("" if dry_run else f", {duration(seconds)}"))
 
 
 def _pull_from_hub(

@@ -20,7 +20,7 @@ from llmos_cli.formats.names import RefName
 from llmos_cli.formats.pack import Entry
 from llmos_cli.progress import Progress
 from llmos_cli.remote.ancestry import remote_held, rests_on
-from llmos_cli.remote.catalog import Catalog, Place, read_catalog
+from llmos_cli.remote.catalog import Catalog, Place, RemotePack, read_catalog
 from llmos_cli.remote.fetch import BadPack, Fetch, fetch, fetch_manifest
 from llmos_cli.remote.open import Remote, require_ready
 from llmos_cli.remote.refs import RemoteRef, list_remote_refs, read_remote_ref
@@ -34,7 +34,8 @@ from llmos_cli.store.point import confirm
 from llmos_cli.store.refs import read_ref, update_ref
 from llmos_cli.store.signatures import keep_signatures
 
-_WHOLE_SHARE: Final = 0.5  # a pack is taken whole if at least this much of it is missing here
+_WHOLE_SHARE: Final = 0.5  # a pack is taken whole if at least this much of it is missing here,
+_TWICE_SHARE: Final = 1 / 16  # and no more of it than this is here already
 _TRIES: Final = 16  # bad packs passed over before giving up
 
 
@@ -55,7 +56,8 @@ class PulledRef:
 @dataclass(frozen=True)
 class PullPlan:
     """`needed` are the objects that the refs rest on, with the plain size each must have (None: a manifest).
-    `lost` are manifests that the store has only in a damaged copy; `signatures` come along, by ref."""
+    `lost` are manifests that the store has only in a damaged copy; `signatures` come along, by ref; `packs` says
+    whether packs may be taken whole."""
 
     refs: tuple[PulledRef, ...]
     needed: Mapping[ObjectId, int | None]
@@ -63,6 +65,7 @@ class PullPlan:
     fetches: tuple[Fetch, ...]
     catalog: Catalog
     signatures: Mapping[RefName, tuple[bytes, ...]] = field(default_factory=dict)
+    packs: bool = True
 
     @property
     def total_bytes(self) -> int:
@@ -125,6 +128,12 @@ def plan_manifests(
                 if needed.setdefault(chunk.id, chunk.size) != chunk.size and chunk.id not in wanted:
                     raise _wrong_size(chunk.id, chunk.size)
     return PullPlan(refs, needed, lost, _plan_fetches(store, transport, catalog, needed, lost), catalog)
+
+
+def plan_chunks(store: Store, transport: Transport, catalog: Catalog, chunks: Mapping[ObjectId, int]) -> PullPlan:
+    """Decide how to fetch these chunks of so many plain bytes, what they rest on, and nothing else."""
+    fetches = _plan_fetches(store, transport, catalog, chunks, frozenset(), packs=False)
+    return PullPlan((), dict(chunks), frozenset(), fetches, catalog, packs=False)
 
 
 def execute_pull(store: Store, remote: Remote, plan: PullPlan, progress: Progress) -> PullResult:
@@ -214,8 +223,10 @@ def _plan_fetches(
     catalog: Catalog,
     needed: Mapping[ObjectId, int | None],
     lost: frozenset[ObjectId],
+    *,
+    packs: bool = True,
 ) -> tuple[Fetch, ...]:
-    """Where to take what is missing from: as few packs as a greedy choice gives, whole where it pays."""
+    """Where to take what is missing from: as few packs as a greedy choice gives, whole where it pays (if `packs`)."""
     missing: dict[ObjectId, tuple[Place, ...]] = {}
     for oid, size in needed.items():
         here = [] if oid in lost else store.index.locate(oid)
@@ -246,15 +257,24 @@ def _plan_fetches(
     by_pack: defaultdict[ObjectId, list[Entry]] = defaultdict(list)
     for place in chosen.values():
         by_pack[place.pack.name].append(place.entry)
-    return tuple(_plan_fetch(catalog, name, by_pack[name]) for name in sorted(by_pack))
+    chosen_from = ((catalog.packs[name], by_pack[name]) for name in sorted(by_pack))
+    return tuple(
+        Fetch(pack, pack.entries, True)
+        if packs and _is_worth_whole(store, pack, entries)
+        else Fetch(pack, tuple(sorted(entries, key=lambda entry: entry.offset)), False)
+        for pack, entries in chosen_from
+    )
 
 
-def _plan_fetch(catalog: Catalog, name: ObjectId, entries: list[Entry]) -> Fetch:
-    pack = catalog.packs[name]
-    worth = sum(entry.stored_size for entry in entries) >= _WHOLE_SHARE * pack.size
-    if pack.intact and worth and all(entry.codec != ADOPTED for entry in pack.entries):
-        return Fetch(pack, pack.entries, True)
-    return Fetch(pack, tuple(sorted(entries, key=lambda entry: entry.offset)), False)
+def _is_worth_whole(store: Store, pack: RemotePack, entries: Sequence[Entry]) -> bool:
+    """Whether to take all of a pack where these entries are missing: it keeps its name, and is not asked for again."""
+    if not pack.intact or any(entry.codec == ADOPTED for entry in pack.entries):
+        return False
+    if sum(entry.stored_size for entry in entries) < _WHOLE_SHARE * pack.size:
+        return False
+    missing = {entry.id for entry in entries}
+    others = (entry for entry in pack.entries if entry.id not in missing)
+    return sum(entry.stored_size for entry in others if store.index.has(entry.id)) <= _TWICE_SHARE * pack.size
 
 
 def _places(transport: Transport, catalog: Catalog, oid: ObjectId, *, manifest: bool) -> tuple[Place, ...]:
@@ -281,7 +301,7 @@ def _fetch_all(store: Store, remote: Remote, plan: PullPlan, progress: Progress)
             else:
                 catalog = catalog.without(exc.pack, exc.id)
         try:
-            fetches = _plan_fetches(store, transport, catalog, plan.needed, plan.lost)
+            fetches = _plan_fetches(store, transport, catalog, plan.needed, plan.lost, packs=plan.packs)
         except Damaged as exc:
             raise (exc if isinstance(problem, NotFound) else problem) from None
         progress.warn(f"{problem.message}; looking for what is needed elsewhere there")

@@ -82,7 +82,11 @@ def look_at(store: Store, name: str, cwd: Path) -> View:
     known = next((place for place in store.elsewhere if isinstance(place, View) and place.remote.name == name), None)
     if known:
         return known
-    remote = find_remote(store, check_remote_name(name), cwd)
+    return open_view(store, find_remote(store, check_remote_name(name), cwd))
+
+
+def open_view(store: Store, remote: Remote) -> View:
+    """Let a store read from a remote what it lacks; raises NotFound if there is none."""
     require_ready(remote.transport)
     view = View(store, remote, read_catalog(store, remote.transport, store.progress))
     store.elsewhere = (*store.elsewhere, view)

@@ -1,16 +1,20 @@
 """Stores and remotes to exchange between, small and quick to make."""
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llmos_cli.app import main
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName, parse_ref
+from llmos_cli.formats.safetensors import encode_header
 from llmos_cli.progress import Silent
 from llmos_cli.remote.folder import FolderTransport
 from llmos_cli.remote.open import Remote
@@ -22,6 +26,8 @@ from llmos_cli.store.local import init_store, open_store
 from llmos_cli.store.objects import read_file, read_manifest
 from llmos_cli.store.refs import read_ref
 from llmos_cli.store.transaction import begin
+
+Run = Callable[..., tuple[int, Any, str]]
 
 
 @dataclass(frozen=True)
@@ -98,3 +104,58 @@ def overwrite() -> Callable[[Path, bytes], None]:
         path.write_bytes(data)
 
     return write
+
+
+def model_files(seed: int, **other: bytes) -> dict[str, bytes]:
+    """The files of a model of twelve layers; `other` gives some tensors other bytes."""
+    tensors = [(f"model.layers.{number}.w", "U8", (300_000,)) for number in range(12)]
+    data = [other.get(f"w{number}") or random.Random(seed + number).randbytes(300_000) for number in range(12)]
+    return {"model.safetensors": encode_header(tensors, {}) + b"".join(data), "config.json": b'{"model_type": "llama"}'}
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run one command line, in the store `reader`, beside the remote `nas` that `tiny` and `tuned` were pushed to."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LLMOS_STORE", "writer")
+
+    def run(*words: str) -> tuple[int, Any, str]:
+        capfd.readouterr()
+        code = main(list(words))
+        out, err = capfd.readouterr()
+        return code, json.loads(out) if "--json" in words and out else out, err
+
+    assert run("init", "writer")[0] == 0
+    assert run("remote", "add", "nas", "nas")[0] == 0
+    for name, files in (("tiny", model_files(1)), ("tuned", model_files(1, w3=random.Random(99).randbytes(300_000)))):
+        (tmp_path / name).mkdir()
+        for path, data in files.items():
+            (tmp_path / name / path).write_bytes(data)
+        assert run("add", name, name)[0] == 0
+    assert run("push", "nas", "--all")[0] == 0
+    monkeypatch.setenv("LLMOS_STORE", "reader")
+    assert run("init", "reader")[0] == 0
+    assert run("remote", "add", "nas", "nas")[0] == 0
+    return run
+
+
+@pytest.fixture
+def read_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The bytes read from folders that are remotes since the last question."""
+    counts: list[int] = []
+    read = FolderTransport.read
+
+    def counting(self: FolderTransport, key: str, start: int = 0, end: int | None = None) -> bytes:
+        data = read(self, key, start, end)
+        counts.append(len(data))
+        return data
+
+    monkeypatch.setattr(FolderTransport, "read", counting)
+
+    def since() -> int:
+        total = sum(counts)
+        counts.clear()
+        return total
+
+    return since
