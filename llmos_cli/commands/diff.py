@@ -4,7 +4,8 @@ With --json, one object. A status is equal, changed, added or removed; null is w
   old, new        ref, remote (null: in this store), id, kind, size
   same            whether they are one object
   shared_bytes    bytes of the new one that lie in chunks of the old one
-  summary         tensors, tensor_bytes and files by status; values {compared, changed}; distance of what changed
+  summary         tensors, tensor_bytes and files by status; values {compared, changed} (null: a side is at
+                  a remote, and was not read); distance of what changed
   tensors         name, status, old and new {file, dtype, shape, size}, distance
   files           path, status, old_size, new_size, changes (JSON files), changes_total, lines {added, removed}
   meta, recipe    changes
@@ -103,7 +104,9 @@ def _as_json(sources: "tuple[Found, Found]", found: "Comparison") -> dict[str, A
             "tensors": _by_status(tensors, lambda _: 1),
             "tensor_bytes": _by_status(tensors, lambda tensor: tensor.size),
             "files": _by_status(found.files, lambda _: 1),
-            "values": {"compared": found.tensors.words, "changed": found.tensors.changed},
+            "values": None
+            if any(source.remote for source in sources)
+            else {"compared": found.tensors.words, "changed": found.tensors.changed},
             "distance": _distance_json(found.tensors.overall),
         },
         "tensors": [

@@ -73,7 +73,7 @@ def log(
         here.out.table(["  value", "id", "when", "who", "what"], rows, spare={2, 3})
         here.out.line()
     here.out.line("Made from")
-    for line in _tree(lineage, source.label if source.remote else None, plain=here.out.plain):
+    for line in _tree(lineage, source.label if source.remote and source.ref else None, plain=here.out.plain):
         here.out.line("  " + line)
 
 

@@ -20,6 +20,7 @@ from llmos_cli.remote.open import Remote, check_remote_name, find_remote, requir
 from llmos_cli.remote.refs import RemoteRef, read_remote_ref, remote_log
 from llmos_cli.remote.signed import read_remote_signatures
 from llmos_cli.store.handle import Store
+from llmos_cli.store.packs import sync_index
 from llmos_cli.store.refs import ref_history
 from llmos_cli.store.resolve import Resolved, resolve
 from llmos_cli.store.signatures import Signed, judge_all, signers
@@ -88,6 +89,7 @@ def look_at(store: Store, name: str, cwd: Path) -> View:
 def open_view(store: Store, remote: Remote) -> View:
     """Let a store read from a remote what it lacks; raises NotFound if there is none."""
     require_ready(remote.transport)
+    sync_index(store)
     view = View(store, remote, read_catalog(store, remote.transport, store.progress))
     store.elsewhere = (*store.elsewhere, view)
     return view

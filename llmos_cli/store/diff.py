@@ -29,6 +29,7 @@ from llmos_cli.store.objects import open_file, read_file, read_manifest
 from llmos_cli.store.tensordiff import TensorDiffs, compare_tensors, status
 
 KEPT_CHANGES: Final = 1000
+_FAR_BYTES: Final = limits.MiB  # a file that is small also where it has to be fetched
 _SHARD_INDEX: Final = ".safetensors.index.json"  # says what the tensors' files say
 
 
@@ -68,8 +69,8 @@ class Comparison:
 
 
 def compare(store: Store, old: ObjectId, new: ObjectId, progress: Progress, *, measure: bool = True) -> Comparison:
-    """Compare two objects; unless `measure`, without reading the tensors that differ. Raises Damaged, naming it, for an
-    object that cannot be read."""
+    """Compare two objects; unless `measure`, by chunks: of what differs only small files of JSON or text are read.
+    Raises Damaged, naming it, for an object that cannot be read."""
     before, after = read_manifest(store, old), read_manifest(store, new)
     left, right = take_census(store, before), take_census(store, after)
     tensors = compare_tensors(store, left, right, progress, measure=measure)
@@ -78,7 +79,7 @@ def compare(store: Store, old: ObjectId, new: ObjectId, progress: Progress, *, m
         before,
         after,
         tensors,
-        tuple(_compare_files(store, before, after, left.files.keys() | right.files.keys())),
+        tuple(_compare_files(store, before, after, left.files.keys() | right.files.keys(), measure)),
         json_changes(before.meta, after.meta, keep=KEPT_CHANGES),
         json_changes(_recipe(before), _recipe(after), keep=KEPT_CHANGES),
         sum(chunk.size for entry in after.files for chunk in entry.chunks if chunk.id in chunks),
@@ -86,7 +87,9 @@ def compare(store: Store, old: ObjectId, new: ObjectId, progress: Progress, *, m
     )
 
 
-def _compare_files(store: Store, before: Manifest, after: Manifest, with_tensors: Set[str]) -> Iterator[FileDiff]:
+def _compare_files(
+    store: Store, before: Manifest, after: Manifest, with_tensors: Set[str], measure: bool
+) -> Iterator[FileDiff]:
     left = {entry.path: entry for entry in before.files}
     right = {entry.path: entry for entry in after.files}
     for path in sorted(left.keys() | right.keys()):
@@ -95,8 +98,10 @@ def _compare_files(store: Store, before: Manifest, after: Manifest, with_tensors
         if old is None or new is None:
             yield FileDiff(path, old.size if old else None, new.size if new else None, has_tensors=tensors)
             continue
-        found = FileDiff(path, old.size, new.size, _same_bytes(store, old, new), tensors)
-        if not found.equal and not tensors and not path.endswith(_SHARD_INDEX):
+        equal = old.chunks == new.chunks or (measure and _same_bytes(store, old, new))
+        found = FileDiff(path, old.size, new.size, equal, tensors)
+        small = measure or max(old.size, new.size) <= _FAR_BYTES
+        if small and not equal and not tensors and not path.endswith(_SHARD_INDEX):
             found = _with_content(store, found, old, new)
         yield found
 
@@ -115,9 +120,7 @@ def _with_content(store: Store, found: FileDiff, old: FileEntry, new: FileEntry)
 
 
 def _same_bytes(store: Store, old: FileEntry, new: FileEntry) -> bool:
-    """By ids, unless the files have one size and were cut differently, as by an earlier version."""
-    if old.chunks == new.chunks:
-        return True
+    """Of files whose chunks differ: they may have one size and be cut differently, as by an earlier version."""
     if old.size != new.size or [chunk.size for chunk in old.chunks] == [chunk.size for chunk in new.chunks]:
         return False
     a, b = open_file(store, old), open_file(store, new)

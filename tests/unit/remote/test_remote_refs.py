@@ -1,5 +1,6 @@
 """Looking at a remote in place: what is said, and what it costs."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def test_log_and_earlier_values(reader: Run) -> None:
     assert [move["id"] for move in found["history"]] == [found["id"], earlier]
     assert reader("show", f"nas/@{earlier[:12]}", "--json")[1]["id"] == earlier
     assert reader("show", "nas/tiny~2")[0] == 10
+    assert f"  @{earlier[:12]}  model" in reader("log", "nas/tiny~1")[1]
     code, text, _ = reader("log", "nas/tiny")
     assert "History of nas/tiny:latest" in text
     assert f"  nas/tiny:latest @{found['id'][:12]}  model" in text
@@ -115,3 +117,22 @@ def test_a_remote_that_does_not_answer(reader: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(FolderTransport, "read", silent)
     for words in (("show", "nas/tiny"), ("ls", "nas"), ("log", "nas/tiny"), ("diff", "nas/tiny", "nas/tuned")):
         assert reader(*words)[0] == 16
+
+
+def test_diff_reads_no_big_file_that_differs(reader: Run, read_bytes: Callable[[], int]) -> None:
+    for seed, name in enumerate(("old", "new")):
+        Path(name).mkdir()
+        dice = random.Random(seed)
+        Path(name, "shard.bin").write_bytes(dice.randbytes(3_000_000))
+        Path(name, "big.json").write_text(f'{{"value": "{dice.randbytes(1_000_000).hex()}"}}')
+        Path(name, "small.json").write_text(f'{{"seed": {seed}}}')
+        reader("--store", "writer", "add", name, name)
+    assert reader("--store", "writer", "push", "nas", "old", "new")[0] == 0
+    read_bytes()
+    code, found, _ = reader("diff", "nas/old", "nas/new", "--json")
+    assert code == 0
+    assert read_bytes() < MODEL_BYTES / 20
+    files = {file["path"]: file for file in found["files"]}
+    assert {path: file["status"] for path, file in files.items()} == dict.fromkeys(files, "changed")
+    assert files["small.json"]["changes"] == [{"path": "seed", "status": "changed", "old": 0, "new": 1}]
+    assert (files["big.json"]["changes"], found["summary"]["values"]) == (None, None)
