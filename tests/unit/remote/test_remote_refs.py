@@ -123,7 +123,7 @@ def test_diff_reads_no_big_file_that_differs(reader: Run, read_bytes: Callable[[
     for seed, name in enumerate(("old", "new")):
         Path(name).mkdir()
         dice = random.Random(seed)
-        Path(name, "shard.bin").write_bytes(dice.randbytes(3_000_000))
+        Path(name, "shard.data").write_bytes(dice.randbytes(3_000_000))
         Path(name, "big.json").write_text(f'{{"value": "{dice.randbytes(1_000_000).hex()}"}}')
         Path(name, "small.json").write_text(f'{{"seed": {seed}}}')
         reader("--store", "writer", "add", name, name)
