@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any, Final
 
-from llmos_cli.errors import Conflict, Damaged, NotFound
+from llmos_cli.errors import Conflict, Damaged, NotFound, UsageError
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import FileEntry, Manifest, Recipe
 from llmos_cli.formats.names import RefName
@@ -108,9 +108,12 @@ def plan_part(
 ) -> PartPlan:
     """Decide what to fetch; reads the manifest and, for tensors, the headers of files.
 
-    Raises NotFound for a ref or a part that is not there, Conflict if `target` is here and no such part (unless
+    Raises UsageError for a part that would be called as its whole is (a push would put it in the place of that),
+    NotFound for a ref or a part that is not there, Conflict if `target` is here and no such part (unless
     `force`), Unsafe for a ref that should be signed and is not.
     """
+    if target == ref:
+        raise UsageError(f"a part of {ref} needs another name", hint=f"leave out --as: {selection.part_of(ref)}")
     seen = read_remote_ref(view.remote.transport, ref, store.progress)
     if seen.problem:
         raise seen.problem

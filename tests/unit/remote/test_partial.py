@@ -199,6 +199,7 @@ def test_an_unsigned_ref_has_no_parts_where_signatures_are_required(reader: Run)
         (("tiny", "tuned", "--layers", "1"), 2),
         (("--all", "--files", "*"), 2),
         (("tiny", "--as", "other"), 2),
+        (("tiny", "--layers", "1", "--as", "tiny:latest"), 2),
         (("tiny", "--layers", "12"), 10),
         (("tiny", "--tensors", "lm_head*"), 10),
         (("tiny", "--files", "*.gguf"), 10),
