@@ -80,8 +80,8 @@ _llmos_spec() {
             rest=refs
             ;;
         "pull")
-            opts=(--all --force --files --require-signed --prune --dry-run --store --json --quiet -q --verbose -v --help -h)
-            valued=(--files --store)
+            opts=(--all --force --files --tensors --layers --rank --as --require-signed --prune --dry-run --store --json --quiet -q --verbose -v --help -h)
+            valued=(--files --tensors --layers --rank --as --store)
             places=(remotes refs)
             rest=refs
             ;;
@@ -208,7 +208,7 @@ _llmos_value() {
     kind=
     case "$1 $2" in
         " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
-        "add --base" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data") kind=refs ;;
+        "add --base" | "pull --as" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data") kind=refs ;;
         "tag --sign" | "tag --new-key" | "train --config") kind=files ;;
         "fsck --from") kind="remotes dirs" ;;
         "shard --tokenizer") kind="refs dirs" ;;

@@ -18,6 +18,8 @@ Run = Callable[[], float]  # seconds
 P = ParamSpec("P")
 T = TypeVar("T")
 
+RSS = 400e6 + 64e6 * len(os.sched_getaffinity(0))  # what a command may take
+
 
 def print_machine() -> None:
     cpu = next(
@@ -125,6 +127,15 @@ def files_below(folder: Path) -> list[Path]:
 
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in files_below(folder))
+
+
+def make_models(folder: Path, gigabytes: float) -> None:
+    """As models.py tells, unless they are there."""
+    if not (folder / "complete").exists():
+        print("training and blowing up the models", file=sys.stderr)
+        command = [sys.executable, "-m", "tests.bench.models", str(folder), "--gb", str(gigabytes)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        os.sync()
 
 
 def missing(tool: str) -> bool:

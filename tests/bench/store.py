@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,12 +21,14 @@ from pathlib import Path
 
 from tests.bench import probes
 from tests.bench.measure import (
+    RSS,
     Cost,
     alternate,
     evict,
     files_below,
     goal,
     in_child,
+    make_models,
     median,
     print_machine,
     report_costs,
@@ -38,7 +39,6 @@ from tests.bench.peers import COPY, LLMOS, Contender, contenders, named
 
 FAMILY = {"base": "the dense model", "tuned": "its full fine-tune", "merged": "its LoRA-merged sibling"}
 CP, OURS, XOR = "cp + fsync", "llmos", "XOR + zstd-3"
-RSS = 400e6 + 64e6 * len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -292,14 +292,6 @@ PARTS: Mapping[str, Callable[[Bench], None]] = {
     "run": run,
     "train": train,
 }
-
-
-def make_models(folder: Path, gigabytes: float) -> None:
-    if not (folder / "complete").exists():
-        print("training and blowing up the models", file=sys.stderr)
-        command = [sys.executable, "-m", "tests.bench.models", str(folder), "--gb", str(gigabytes)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        os.sync()
 
 
 def main() -> None:
