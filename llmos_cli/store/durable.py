@@ -206,12 +206,15 @@ def make_folder(path: Path, *, mode: int | None = None) -> None:
 def move(source: Path, target: Path) -> bool:
     """Rename a file or folder durably; False if the source is gone (somebody else moved it first)."""
     with _reporting(f"moving {source}"):
-        try:
-            os.rename(source, target)
-        except FileNotFoundError:
-            if source.exists():
-                raise
-            return False
+        for attempt in range(_TRIES):
+            try:
+                os.rename(source, target)
+                break
+            except FileNotFoundError:
+                if not source.exists():
+                    return False
+                if attempt == _TRIES - 1:  # not just back again from where somebody else had moved it
+                    raise
         _sync_folder(target.parent)
         _sync_nearest(source.parent)
         return True

@@ -235,9 +235,10 @@ def execute_gc(store: Store, plan: GcPlan, progress: Progress, *, now: float | N
         # the marking below sees, or begins only now, when the index no longer offers it what lies in the trash.
         writing = any(lease.writes for lease in live_leases(store))
         ready = () if writing else plan.unlink + (plan.trash + plan.rewrite if plan.grace_seconds == 0 else ())
+        since = {pack.name: _trashed_at(store, pack) for pack in ready}
         restored = _restore_needed(store, {pack.name for pack in ready})
-        for pack in ready:
-            if durable.remove(store.trash / pack.path.name):
+        for pack in ready:  # unless it has been away meanwhile: another gc, if it cannot be seen, took it here again
+            if _trashed_at(store, pack) == since[pack.name] and durable.remove(store.trash / pack.path.name):
                 freed += pack.freed
         released, released_bytes = release_orphans(store, plan.orphans)
         return GcResult(trashed, freed + released_bytes, restored, released)
@@ -250,6 +251,13 @@ def alone(store: Store) -> Iterator[None]:
         with contextlib.suppress(NoSpace):
             stack.enter_context(hold_alone(store, "gc", "gc"))
         yield
+
+
+def _trashed_at(store: Store, pack: PackPlan) -> int | None:
+    """When a pack came into the trash, in nanoseconds; None if it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        return (store.trash / pack.path.name).stat().st_mtime_ns
+    return None
 
 
 def _rewrite(store: Store, plan: PackPlan) -> bool:

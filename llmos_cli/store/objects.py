@@ -7,7 +7,7 @@ While a command looks at a remote in place (`store.elsewhere`), what the index l
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,9 +21,10 @@ from llmos_cli.store.forks import ForkLock
 from llmos_cli.store.frames import decode_frame, read_frame, room
 from llmos_cli.store.handle import Store
 from llmos_cli.store.index import Location
-from llmos_cli.store.packs import find_in_packs, read_pack, restore_from_trash, sync_index
+from llmos_cli.store.packs import find_in_packs, list_packs, read_pack, restore_from_trash, sync_index
 
 _CACHED_CHUNKS: Final = 8
+_ROUNDS: Final = 4
 _FSCK: Final = "see what it affects: llmos fsck"
 
 
@@ -135,7 +136,7 @@ def _read(
     problem: Damaged | None = None
     damaged = False
     out: memoryview | None
-    for search in (None, _in_new_packs, restore_from_trash, find_in_packs):
+    for search in _searches(store):
         if search is find_in_packs and damaged:
             break
         if search is _in_new_packs and (out := _from_elsewhere(store, oid, out_for)) is not None:
@@ -168,6 +169,17 @@ def _read(
         others = ", ".join(place.label for place in store.elsewhere)
         raise Damaged(f"object {oid.short} is missing at {others}, and from the store")
     raise problem or Damaged(f"object {oid.short} is missing from the store", hint=_FSCK)
+
+
+def _searches(store: Store) -> Iterator[Callable[[Store, ObjectId], object] | None]:
+    """Where to look, ever further; again from the start if packs have come or gone meanwhile: a gc may have moved one
+    behind our back."""
+    yield None
+    for _ in range(_ROUNDS):
+        before = list_packs(store.packs).keys()
+        yield from (_in_new_packs, restore_from_trash, find_in_packs)
+        if list_packs(store.packs).keys() == before:
+            return
 
 
 def _from_elsewhere(store: Store, oid: ObjectId, out_for: Callable[[Entry], memoryview]) -> memoryview | None:

@@ -142,7 +142,7 @@ def run(script: str, folder: Path | None = None, **environment: str) -> list[str
     return done.stdout.split()
 
 
-def test_kernels_are_loaded_for_many_deltas_and_numba_only_to_make_them() -> None:
+def test_kernels_are_loaded_for_many_deltas_and_numba_only_to_make_them(tmp_path: Path) -> None:
     assert delta.find_kernels(2), "they are kept from here on"
     script = """
         import sys
@@ -161,7 +161,7 @@ def test_kernels_are_loaded_for_many_deltas_and_numba_only_to_make_them() -> Non
         codec.encode_delta(plain, b"base", codec.Words(2, True))
         loaded()
     """
-    assert run(script) == ["False", "False", "False", "False", "False", "False", "True", "True", "False"]
+    assert run(script, tmp_path) == ["False", "False", "False", "False", "False", "False", "True", "True", "False"]
 
 
 COMPILE = """

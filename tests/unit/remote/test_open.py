@@ -17,16 +17,16 @@ Exchange = Any
     ("text", "expected"),
     [
         ("/mnt/nas", "/mnt/nas"),
-        ("nas", "/work/here/nas"),
-        ("./a:b", "/work/here/a:b"),
+        ("nas", "/home/me/here/nas"),
+        ("./a:b", "/home/me/here/a:b"),
         ("file:///mnt/nas", "/mnt/nas"),
         ("file://localhost/mnt/a%20b", "/mnt/a b"),
         ("FILE:///mnt/nas", "/mnt/nas"),
-        ("--upload-pack=touch x", "/work/here/--upload-pack=touch x"),
+        ("--upload-pack=touch x", "/home/me/here/--upload-pack=touch x"),
     ],
 )
 def test_a_folder_is_kept_by_its_absolute_path(text: str, expected: str) -> None:
-    assert normal_url(text, Path("/work/here")) == expected
+    assert normal_url(text, Path("/home/me/here")) == expected
 
 
 def test_dots_are_resolved(tmp_path: Path) -> None:
