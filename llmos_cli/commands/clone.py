@@ -27,7 +27,7 @@ def clone(
 
     Examples:
       llmos clone /mnt/nas/models here
-      llmos clone ~/work/.llmos copy
+      llmos clone ~/models/.llmos copy
       llmos clone "s3://bucket/models?endpoint=http://127.0.0.1:7480" copy
     """
     from llmos_cli.remote.clone import ORIGIN, execute_clone, plan_clone

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from llmos_cli.store.resolve import Resolved
 
 
-def eval(  # noqa: A001
+def eval(  # noqa: A001 - the verb is called so
     ctx: typer.Context,
     ref: Annotated[str, typer.Argument(metavar="REF", help="The model or checkpoint.", show_default=False)],
     *,

@@ -137,11 +137,11 @@ _ready = _Ready()
 def find_kernels(width: int, *, compiling: bool = True) -> Kernels | None:
     """Kernels that have proven to do what numpy does: as this machine keeps them or, if `compiling`, made anew."""
     for make in (load_kernels, compile_kernels) if compiling else (load_kernels,):
-        try:  # whatever keeps them from working, numpy does not need it
+        try:
             kernels = make(width)
             if kernels is not None and _is_right(kernels, width):
                 return kernels
-        except Exception:  # noqa: BLE001
+        except Exception:  # noqa: BLE001 - whatever keeps them from working, numpy does not need it
             continue
     return None
 

@@ -135,7 +135,7 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def _with_last_step(cls: type[PreTrainedModel], step: Callable[[PreTrainedModel], None]) -> type[PreTrainedModel]:
     """`cls` with a constructor that ends in `step`: the one place where from_pretrained lets modules be replaced."""
 
-    def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it becomes a method
         cls.__init__(self, *args, **kwargs)
         step(self)
 

@@ -155,7 +155,7 @@ def _same_plain(a: Any, b: Any) -> bool:
     """Equal as JSON, and neither a table nor a list: 1, 1.0 and true are three values, NaN is one."""
     if isinstance(a, Mapping | list) or type(a) is not type(b):
         return False
-    return bool(a == b) or (a != a and b != b)  # noqa: PLR0124
+    return bool(a == b) or (a != a and b != b)  # noqa: PLR0124 - a NaN is not equal to itself
 
 
 def _below(path: str, key: str) -> str:
