@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from llmos_cli.errors import Damaged, NoSpace, NotFound
 from llmos_cli.formats.frame import check_payload, encode_header
@@ -38,6 +39,7 @@ from llmos_cli.store.partials import old_partials
 from llmos_cli.store.reach import Root, find_roots, reachable
 from llmos_cli.store.weights import Weight, staying, weigh
 
+_ASIDE = "gc-"  # folders of the trash, each of one gc
 _BUSY_SECONDS = 60.0  # a temporary file written to since then is somebody's, lease or not
 _REWRITE_DEAD_SHARE = 0.5  # a pack is rewritten once this much of it is dead
 _DAY_SECONDS = 86400.0
@@ -235,11 +237,11 @@ def execute_gc(store: Store, plan: GcPlan, progress: Progress, *, now: float | N
         # the marking below sees, or begins only now, when the index no longer offers it what lies in the trash.
         writing = any(lease.writes for lease in live_leases(store))
         ready = () if writing else plan.unlink + (plan.trash + plan.rewrite if plan.grace_seconds == 0 else ())
-        since = {pack.name: _trashed_at(store, pack) for pack in ready}
+        folder = store.trash / f"{_ASIDE}{uuid4().hex}"
+        aside = [(pack, _set_aside(store, pack, folder)) for pack in ready]
         restored = _restore_needed(store, {pack.name for pack in ready})
-        for pack in ready:  # unless it has been away meanwhile: another gc, if it cannot be seen, took it here again
-            if _trashed_at(store, pack) == since[pack.name] and durable.remove(store.trash / pack.path.name):
-                freed += pack.freed
+        freed += sum(pack.freed for pack, path in aside if durable.remove(path))
+        durable.remove_empty_folder(folder)
         released, released_bytes = release_orphans(store, plan.orphans)
         return GcResult(trashed, freed + released_bytes, restored, released)
 
@@ -253,11 +255,16 @@ def alone(store: Store) -> Iterator[None]:
         yield
 
 
-def _trashed_at(store: Store, pack: PackPlan) -> int | None:
-    """When a pack came into the trash, in nanoseconds; None if it is not there."""
-    with contextlib.suppress(FileNotFoundError):
-        return (store.trash / pack.path.name).stat().st_mtime_ns
-    return None
+def _set_aside(store: Store, pack: PackPlan, folder: Path) -> Path:
+    """Move a pack within the trash to a folder from which only this gc unlinks: what is found to be dead after that
+    cannot have come there anew by another gc, though neither may see the other's lease. Whoever needs it finds it."""
+    source = pack.path if pack.path.is_relative_to(store.trash) else store.trash / pack.path.name
+    try:
+        durable.make_folder(folder)
+        durable.move(source, folder / source.name)
+    except NoSpace:  # then giving space back is worth a race of two
+        return source
+    return folder / source.name
 
 
 def _rewrite(store: Store, plan: PackPlan) -> bool:
@@ -335,6 +342,9 @@ def _proven_depth(store: Store, oid: ObjectId, most: int) -> int | None:
 
 
 def _remove(path: Path) -> bool:
+    if path.name.startswith(_ASIDE):
+        durable.remove_empty_folder(path)  # and never what somebody has put there meanwhile
+        return True
     if path.is_dir() and not path.is_symlink():
         durable.remove_tree(path)
         return True
@@ -355,6 +365,10 @@ def _leftovers(store: Store, when: Moment) -> list[tuple[Path, int]]:
                     found[path] = status.st_size
     found.update(old_partials(store, when.now))
     keep = max(when.grace, store.config.gc.keep_days * _DAY_SECONDS)
+    for path in store.trash.glob(f"{_ASIDE}*"):
+        with contextlib.suppress(OSError):
+            if when.now - path.lstat().st_mtime >= _BUSY_SECONDS and not any(path.iterdir()):
+                found[path] = 0
     for path in store.trash.glob("ref-*"):
         with contextlib.suppress(FileNotFoundError):
             if when.now - path.lstat().st_mtime >= keep:

@@ -176,9 +176,9 @@ def _searches(store: Store) -> Iterator[Callable[[Store, ObjectId], object] | No
     behind our back."""
     yield None
     for _ in range(_ROUNDS):
-        before = list_packs(store.packs).keys()
+        before = list_packs(store.packs), list_packs(store.trash)
         yield from (_in_new_packs, restore_from_trash, find_in_packs)
-        if list_packs(store.packs).keys() == before:
+        if (list_packs(store.packs), list_packs(store.trash)) == before:
             return
 
 

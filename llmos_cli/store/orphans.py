@@ -71,7 +71,7 @@ def _named(store: Store, files: Set[ObjectId], without: Set[ObjectId]) -> Set[Ob
         return files
     packs = {**list_packs(store.packs), **list_packs(store.trash), **list_packs(store.packs)}
     for name in packs.keys() - without:
-        content = _content(store, name)
+        content = _content(store, name, packs[name])
         if content is None:
             continue
         if content.problem:
@@ -80,9 +80,10 @@ def _named(store: Store, files: Set[ObjectId], without: Set[ObjectId]) -> Set[Ob
     return named & files
 
 
-def _content(store: Store, name: ObjectId) -> PackContent | None:
-    """What a pack holds, though it may be on its way into the trash or back; None if it is gone."""
-    for path in (store.pack_path(name), store.trash / store.pack_path(name).name, store.pack_path(name)):
+def _content(store: Store, name: ObjectId, seen: Path) -> PackContent | None:
+    """What a pack that was `seen` holds, though it may be on its way into the trash or back; None if it is gone."""
+    for path in (seen, store.pack_path(name), list_packs(store.trash).get(name), store.pack_path(name)):
         with contextlib.suppress(NotFound):
-            return read_pack(path)
+            if path:
+                return read_pack(path)
     return None

@@ -114,7 +114,7 @@ def _ids(path: Path) -> Iterator[ObjectId]:
 
 def _pack_path(store: Store, name: ObjectId) -> Path | None:
     here = store.pack_path(name)
-    return next((path for path in (here, store.trash / here.name) if path.exists()), None)
+    return here if here.exists() else list_packs(store.trash).get(name)
 
 
 # --------------------------------------------------------------------------------------------------------------- chains
@@ -192,7 +192,7 @@ def _places(store: Store, when: Moment, oid: ObjectId, pack: Path | None, live: 
 def _fate(store: Store, when: Moment, live: Set[bytes] | None, path: Path, written: float) -> tuple[str, float | None]:
     if live is None:
         return "needed", None
-    if path.parent == store.trash:
+    if path.is_relative_to(store.trash):
         return "unlinked by a later gc", written + when.grace
     name = parse_id(path.stem)
     weight = weigh(store, live, {name}).packs.get(name)
