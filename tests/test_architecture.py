@@ -41,7 +41,7 @@ def tree(module: str) -> ast.Module:
 
 
 def room(module: str) -> str:
-    """The folder of a module, or its own name at the top: "store/refs.py" -> "store", "app.py" -> "app"."""
+    """The folder of a module, or its own name at the top: "store/refs/refs.py" -> "store", "app.py" -> "app"."""
     first = module.partition("/")[0].removesuffix(".py")
     return "" if first == "__init__" else first
 
@@ -150,10 +150,10 @@ OWNERS = {
     "llvmlite": ("formats/kernels.py", "native code enters the process through one door"),
     "rich": ("ui/", "one place draws, so that everything else works without a terminal"),
     "typer": (("app.py", "commands/", "ui/session.py"), "below the commands nobody knows how llmos is called"),
-    "sqlite3": ("store/index.py", "the index is a cache behind one door"),
+    "sqlite3": ("store/packs/index.py", "the index is a cache behind one door"),
     "accelerate": ("train/", "one loop prepares devices"),
-    "obstore": ("remote/objectstore.py", "what it does and how it fails is known in one place"),
-    "cryptography": ("store/keys.py", "what counts as a good signature is decided once"),
+    "obstore": ("remote/transports/objectstore.py", "what it does and how it fails is known in one place"),
+    "cryptography": ("store/refs/keys.py", "what counts as a good signature is decided once"),
     "fastapi": ("serve/", "HTTP stays in one room"),
 }
 
@@ -176,17 +176,17 @@ def test_only_durable_changes_names_on_disk() -> None:
     methods = {"unlink", "rename", "hardlink_to", "symlink_to", "rmdir"}
     broken = []
     for module in MODULES:
-        if module == "store/durable.py":
+        if module == "store/disk/durable.py":
             continue
         for call, line in calls(module):
-            if call == "self._client.rename" and module == "remote/hdfs.py":
+            if call == "self._client.rename" and module == "remote/transports/hdfs.py":
                 continue  # on another machine
             owner, _, name = call.rpartition(".")
             if (owner == "os" and name in steps | {"replace"}) or (owner and name in methods):
                 broken.append(f"{module}:{line} {call}")
             if owner == "shutil" and name in ("move", "rmtree", "copyfile", "copy", "copy2", "copytree"):
                 broken.append(f"{module}:{line} {call}")
-    assert not broken, f"the crash test stops at every step of store/durable.py and sees no others: {broken}"
+    assert not broken, f"the crash test stops at every step of store/disk/durable.py and sees no others: {broken}"
 
 
 def test_only_app_reads_the_environment_and_exits() -> None:

@@ -11,7 +11,7 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import duration, percent, plural, size
 
 if TYPE_CHECKING:
-    from llmos_cli.store.adopt import Adoption
+    from llmos_cli.store.intake.adopt import Adoption
     from llmos_cli.ui.session import Session
 
 
@@ -60,8 +60,8 @@ def add(
       llmos add model.safetensors weights --json
     """
     from llmos_cli.formats.names import parse_ref
-    from llmos_cli.store.add import execute_add, plan_add
-    from llmos_cli.store.resolve import resolve
+    from llmos_cli.store.intake.add import execute_add, plan_add
+    from llmos_cli.store.refs.resolve import resolve
 
     here = session(ctx)
     ref = parse_ref(name)
@@ -120,7 +120,7 @@ def add(
 
 def _place(here: "Session", path: Path) -> Path:
     """What is to be added: ollama:NAME is looked up where ollama keeps its models."""
-    from llmos_cli.store.ollama import SCHEME, find_ollama
+    from llmos_cli.store.intake.ollama import SCHEME, find_ollama
 
     if not str(path).startswith(SCHEME) or path.exists():
         return path
@@ -130,7 +130,7 @@ def _place(here: "Session", path: Path) -> Path:
 
 def _adopted(adoptions: "Sequence[Adoption]") -> Iterator[str]:
     """What was done with each file, in words; small ones and those that were there already are counted."""
-    from llmos_cli.store.adopt import COPY, KNOWN, MIN_BYTES, REFLINK
+    from llmos_cli.store.intake.adopt import COPY, KNOWN, MIN_BYTES, REFLINK
 
     small = [item for item in adoptions if item.how == COPY and item.size < MIN_BYTES]
     known = [item for item in adoptions if item.how == KNOWN]

@@ -11,7 +11,7 @@ from llmos_cli.ui.text import duration, plural, size, when
 
 if TYPE_CHECKING:
     from llmos_cli.formats.snapshot import Snapshot, SnapshotName
-    from llmos_cli.remote.snapshots import Policy
+    from llmos_cli.remote.backup.snapshots import Policy
 
 _DAYS: Any = typer.Option("--keep-daily", metavar="N", min=0, help="Keep the newest snapshot of the last N days.")
 _WEEKS: Any = typer.Option("--keep-weekly", metavar="N", min=0, help="And of the last N weeks.")
@@ -39,8 +39,8 @@ def backup(
       llmos backup nas --keep-daily 7 --keep-weekly 4 --keep-monthly 12
       llmos backup nas --list
     """
+    from llmos_cli.remote.backup.snapshots import Policy, list_snapshots
     from llmos_cli.remote.open import find_remote
-    from llmos_cli.remote.snapshots import Policy, list_snapshots
 
     here = session(ctx)
     policy = Policy(daily, weekly, monthly)
@@ -62,9 +62,9 @@ def backup(
 
 
 def _back_up(here: Session, remote: str, policy: "Policy", *, dry_run: bool) -> None:
-    from llmos_cli.remote.backup import execute_backup, execute_prune, plan_backup, plan_prune
+    from llmos_cli.remote.backup.backup import execute_backup, execute_prune, plan_backup, plan_prune
+    from llmos_cli.remote.backup.snapshots import list_snapshots
     from llmos_cli.remote.open import find_remote, is_ready
-    from llmos_cli.remote.snapshots import list_snapshots
 
     start = time.monotonic()
     with here.open_store() as store:

@@ -31,8 +31,8 @@ def checkout(
       llmos checkout tiny~1 before
     """
     from llmos_cli.store.checkout import execute_checkout, plan_checkout
-    from llmos_cli.store.objects import read_manifest
-    from llmos_cli.store.resolve import resolve
+    from llmos_cli.store.packs.objects import read_manifest
+    from llmos_cli.store.refs.resolve import resolve
 
     here = session(ctx)
     start = time.monotonic()

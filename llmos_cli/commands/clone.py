@@ -30,7 +30,7 @@ def clone(
       llmos clone ~/models/.llmos copy
       llmos clone "s3://bucket/models?endpoint=http://127.0.0.1:7480" copy
     """
-    from llmos_cli.remote.clone import ORIGIN, execute_clone, plan_clone
+    from llmos_cli.remote.exchange.clone import ORIGIN, execute_clone, plan_clone
 
     here = session(ctx)
     start = time.monotonic()

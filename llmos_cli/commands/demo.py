@@ -136,8 +136,8 @@ class _Runner:
 
     def manifest(self, text: str) -> "Manifest":
         from llmos_cli.store.local import open_store
-        from llmos_cli.store.objects import read_manifest
-        from llmos_cli.store.resolve import resolve
+        from llmos_cli.store.packs.objects import read_manifest
+        from llmos_cli.store.refs.resolve import resolve
 
         with open_store(self.folder / ".llmos") as store:
             return read_manifest(store, resolve(store, text).id)
@@ -188,7 +188,7 @@ def _is_utf8(data: bytes) -> bool:
 def _compare(runner: _Runner, clone: Path) -> None:
     """The clone must have the same refs with the same ids."""
     from llmos_cli.store.local import open_store
-    from llmos_cli.store.refs import list_refs
+    from llmos_cli.store.refs.refs import list_refs
 
     found = []
     for folder in (runner.folder, clone):
@@ -251,8 +251,8 @@ def _summary(runner: _Runner, text_bytes: int, completion: str) -> None:
         for number, step in enumerate(runner.steps, 1)
     ]
     out.table(["#", "step", "time", "result", "store"], rows, right={0, 2, 4})
+    from llmos_cli.store.inspect.usage import usage
     from llmos_cli.store.local import open_store
-    from llmos_cli.store.usage import usage
 
     with open_store(runner.folder / ".llmos") as store:
         found = usage(store)

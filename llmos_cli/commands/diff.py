@@ -24,11 +24,11 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import shorten
 
 if TYPE_CHECKING:
-    from llmos_cli.remote.view import Found
-    from llmos_cli.store.census import Tensor
-    from llmos_cli.store.changes import Changes
-    from llmos_cli.store.diff import Comparison
-    from llmos_cli.store.distance import Distance
+    from llmos_cli.remote.exchange.view import Found
+    from llmos_cli.store.inspect.census import Tensor
+    from llmos_cli.store.inspect.changes import Changes
+    from llmos_cli.store.inspect.diff import Comparison
+    from llmos_cli.store.inspect.distance import Distance
 
 CUT_JSON = 500
 
@@ -55,8 +55,8 @@ def diff(
       llmos diff tiny nas/tiny
       llmos diff base tuned --json | jq '.summary.distance.relative'
     """
-    from llmos_cli.remote.view import resolve_anywhere
-    from llmos_cli.store.diff import compare
+    from llmos_cli.remote.exchange.view import resolve_anywhere
+    from llmos_cli.store.inspect.diff import compare
 
     here = session(ctx)
     with here.open_store() as store:
@@ -166,7 +166,7 @@ def _distance_json(found: "Distance | None") -> dict[str, Any] | None:
 
 
 def _changes_json(changes: "Changes") -> list[dict[str, Any]]:
-    from llmos_cli.store.changes import ABSENT
+    from llmos_cli.store.inspect.changes import ABSENT
 
     result = []
     for change in changes.items:

@@ -10,7 +10,7 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import plural, size
 
 if TYPE_CHECKING:
-    from llmos_cli.store.features import Disk
+    from llmos_cli.store.disk.features import Disk
 
 LIBRARIES = (
     "accelerate",
@@ -43,7 +43,7 @@ def doctor(ctx: typer.Context) -> None:
     """
     import platform
 
-    from llmos_cli.store.features import probe_disk, probe_machine
+    from llmos_cli.store.disk.features import probe_disk, probe_machine
 
     here = session(ctx)
     try:

@@ -12,7 +12,7 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import percent, plural, shorten, size
 
 if TYPE_CHECKING:
-    from llmos_cli.store.usage import RefUsage, Saved, Usage
+    from llmos_cli.store.inspect.usage import RefUsage, Saved, Usage
 
 NARROW_COLUMNS = 72  # below this only the columns that matter most stand beside the name
 SHARER_CHARACTERS = 24
@@ -37,8 +37,8 @@ def du(
       llmos du --json
     """
     from llmos_cli.formats.names import parse_target
-    from llmos_cli.store.resolve import resolve
-    from llmos_cli.store.usage import usage
+    from llmos_cli.store.inspect.usage import usage
+    from llmos_cli.store.refs.resolve import resolve
 
     here = session(ctx)
     for text in refs or ():

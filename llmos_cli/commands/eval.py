@@ -9,7 +9,7 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import count
 
 if TYPE_CHECKING:
-    from llmos_cli.store.resolve import Resolved
+    from llmos_cli.store.refs.resolve import Resolved
 
 
 def eval(  # noqa: A001 - the verb is called so
@@ -42,7 +42,7 @@ def eval(  # noqa: A001 - the verb is called so
       llmos eval tiny-int8 --data web --name results:int8 --json
     """
     from llmos_cli.quantize.quality import evaluate
-    from llmos_cli.store.resolve import resolve
+    from llmos_cli.store.refs.resolve import resolve
 
     here = session(ctx)
     named = parse_ref(name) if name else None

@@ -11,8 +11,8 @@ from llmos_cli.ui.session import Session, session
 from llmos_cli.ui.text import count, duration, plural, size
 
 if TYPE_CHECKING:
-    from llmos_cli.store.fsck import FsckReport, Problem
-    from llmos_cli.store.mend import Repaired
+    from llmos_cli.store.fsck.fsck import FsckReport, Problem
+    from llmos_cli.store.fsck.mend import Repaired
 
 _BEFORE = "llmos fsck --repair restores from your remotes; --from DIR from another copy of the store"
 _AFTER = "llmos fsck --repair --from another copy of the store, or llmos add of the files again, restores what is left"
@@ -102,18 +102,18 @@ def _run(
     here: Session, *, quick: bool, reindex: bool, sources: Sequence[str] | None
 ) -> "tuple[FsckReport, list[Repaired], int | None]":
     """Check, and with `sources` (none named: all remotes) repair; also how many packs were indexed anew."""
-    from llmos_cli.store.fsck import check
-    from llmos_cli.store.fsck import reindex as rebuild
-    from llmos_cli.store.mend import HERE, Repaired
-    from llmos_cli.store.settings import mend_settings
+    from llmos_cli.store.fsck.fsck import check
+    from llmos_cli.store.fsck.fsck import reindex as rebuild
+    from llmos_cli.store.fsck.mend import HERE, Repaired
+    from llmos_cli.store.fsck.settings import mend_settings
 
     mended = mend_settings(here.find_store()) if sources is not None else []
     with here.open_store() as store:
         rebuilt = rebuild(store).packs if reindex else None
         if sources is None:
             return check(store, quick=quick, progress=here.out.progress), [], rebuilt
-        from llmos_cli.remote.repair import find_sources
-        from llmos_cli.remote.repair import repair as put_right
+        from llmos_cli.remote.exchange.repair import find_sources
+        from llmos_cli.remote.exchange.repair import repair as put_right
 
         done = put_right(store, find_sources(store, sources, here.cwd), quick=quick, progress=here.out.progress)
     first = [Repaired(name, "the bit that had flipped is put right", HERE) for name in mended]

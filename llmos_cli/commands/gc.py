@@ -9,11 +9,11 @@ from llmos_cli.ui.session import Session, session
 from llmos_cli.ui.text import duration, plural, size, when
 
 if TYPE_CHECKING:
-    from llmos_cli.store.gc import GcPlan, GcResult, PackPlan
+    from llmos_cli.store.gc.gc import GcPlan, GcResult, PackPlan
+    from llmos_cli.store.gc.repack import RepackPlan, RepackResult
+    from llmos_cli.store.gc.undelete import Removed
+    from llmos_cli.store.gc.why import Place
     from llmos_cli.store.handle import Store
-    from llmos_cli.store.repack import RepackPlan, RepackResult
-    from llmos_cli.store.undelete import Removed
-    from llmos_cli.store.why import Place
 
 
 def gc(
@@ -77,8 +77,8 @@ def gc(
 
 
 def _collect(here: Session, store: "Store", grace: float | None, *, dry_run: bool, repack: bool) -> None:
-    from llmos_cli.store.clock import check_clock
-    from llmos_cli.store.gc import execute_gc, plan_gc
+    from llmos_cli.store.gc.clock import check_clock
+    from llmos_cli.store.gc.gc import execute_gc, plan_gc
 
     if dry_run:
         try:
@@ -87,7 +87,7 @@ def _collect(here: Session, store: "Store", grace: float | None, *, dry_run: boo
             here.out.warn(f"gc would refuse: {exc.message}")
     anew: dict[str, Any] = {}
     if repack:
-        from llmos_cli.store.repack import execute_repack, plan_repack
+        from llmos_cli.store.gc.repack import execute_repack, plan_repack
 
         ahead = plan_repack(store, grace_seconds=grace)
         result = None if dry_run else execute_repack(store, ahead, here.out.progress)
@@ -193,7 +193,7 @@ def _has_work(anew: dict[str, Any]) -> bool:
 
 
 def _explain(here: Session, store: "Store", text: str) -> None:
-    from llmos_cli.store.why import explain
+    from llmos_cli.store.gc.why import explain
 
     found = explain(store, text)
     here.out.result(
@@ -251,7 +251,7 @@ def _iso(time: float | None) -> str | None:
 
 def _undelete(here: Session, store: "Store", names: list[str], *, dry_run: bool) -> None:
     from llmos_cli.formats.names import parse_ref
-    from llmos_cli.store.undelete import execute_undelete, plan_undelete
+    from llmos_cli.store.gc.undelete import execute_undelete, plan_undelete
 
     plan = plan_undelete(store, [parse_ref(name) for name in names])
     done = None if dry_run else execute_undelete(store, plan)

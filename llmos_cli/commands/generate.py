@@ -50,7 +50,7 @@ def generate(
 
     from llmos_cli.serve.servable import check_servable
     from llmos_cli.store.leases import hold
-    from llmos_cli.store.resolve import resolve
+    from llmos_cli.store.refs.resolve import resolve
 
     with here.open_store() as store:
         found = resolve(store, ref)

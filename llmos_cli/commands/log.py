@@ -13,7 +13,7 @@ from llmos_cli.ui.tree import tree_lines
 if TYPE_CHECKING:
     from llmos_cli.formats.ids import ObjectId
     from llmos_cli.formats.manifest import Recipe
-    from llmos_cli.store.lineage import Ancestor, Lineage
+    from llmos_cli.store.refs.lineage import Ancestor, Lineage
 
 SHOWN_SOURCES = 3
 SHOWN_PARAMS = 6
@@ -34,9 +34,9 @@ def log(
       llmos log @3f2a9c01
       llmos log nas/tiny
     """
-    from llmos_cli.remote.view import history as moves_of
-    from llmos_cli.remote.view import resolve_anywhere, signers_of
-    from llmos_cli.store.lineage import trace
+    from llmos_cli.remote.exchange.view import history as moves_of
+    from llmos_cli.remote.exchange.view import resolve_anywhere, signers_of
+    from llmos_cli.store.refs.lineage import trace
 
     here = session(ctx)
     with here.open_store() as store:
@@ -126,7 +126,7 @@ def _command(recipe: "Recipe") -> str:
 
 
 def _as_json(ancestor: "Ancestor") -> dict[str, Any]:
-    from llmos_cli.store.lineage import describe_recipe
+    from llmos_cli.store.refs.lineage import describe_recipe
 
     manifest = ancestor.manifest
     return {

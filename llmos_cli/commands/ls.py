@@ -10,7 +10,7 @@ from llmos_cli.ui.text import plural, size, when
 
 if TYPE_CHECKING:
     from llmos_cli.formats.names import RefName
-    from llmos_cli.store.refs import RefEntry
+    from llmos_cli.store.refs.refs import RefEntry
 
 SHOWN_DAMAGED = 5
 
@@ -37,10 +37,10 @@ def ls(
     """
     from fnmatch import fnmatchcase
 
-    from llmos_cli.remote.refs import list_remote_refs
-    from llmos_cli.remote.view import look_at, split_remote
-    from llmos_cli.store.refs import read_ref, ref_names
-    from llmos_cli.store.summaries import summaries
+    from llmos_cli.remote.exchange.refs import list_remote_refs
+    from llmos_cli.remote.exchange.view import look_at, split_remote
+    from llmos_cli.store.inspect.summaries import summaries
+    from llmos_cli.store.refs.refs import read_ref, ref_names
 
     here = session(ctx)
     listed, rows, damaged = [], [], []

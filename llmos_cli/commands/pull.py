@@ -11,8 +11,8 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import duration, plural, size
 
 if TYPE_CHECKING:
-    from llmos_cli.remote.partial import Selection
-    from llmos_cli.remote.pull import PulledRef
+    from llmos_cli.remote.exchange.partial import Selection
+    from llmos_cli.remote.exchange.pull import PulledRef
     from llmos_cli.ui.session import Session
 
 _HUB = "hf://"
@@ -83,10 +83,10 @@ def pull(
       llmos pull hf://ORG/NAME-GGUF@v1.0 --files '*Q4_K_M.gguf'
     """
     from llmos_cli.formats.names import parse_ref
+    from llmos_cli.remote.exchange.prune import remove_here, surplus_here
+    from llmos_cli.remote.exchange.pull import execute_pull, plan_pull
+    from llmos_cli.remote.exchange.signed import must_be_signed
     from llmos_cli.remote.open import find_remote
-    from llmos_cli.remote.prune import remove_here, surplus_here
-    from llmos_cli.remote.pull import execute_pull, plan_pull
-    from llmos_cli.remote.signed import must_be_signed
 
     here = session(ctx)
     by_tensor = bool(tensors or layers or rank)
@@ -178,7 +178,7 @@ def pull(
 
 
 def _selection(files: list[str] | None, tensors: list[str] | None, layers: str | None, rank: str | None) -> "Selection":
-    from llmos_cli.remote.partial import Selection
+    from llmos_cli.remote.exchange.partial import Selection
 
     def pair(text: str | None, pattern: str, option: str) -> tuple[int, int] | None:
         if text is None:
@@ -211,9 +211,9 @@ def _pull_part(
     dry_run: bool,
 ) -> None:
     from llmos_cli.formats.names import parse_ref
+    from llmos_cli.remote.exchange.partial import execute_part, plan_part
+    from llmos_cli.remote.exchange.view import open_view
     from llmos_cli.remote.open import find_remote
-    from llmos_cli.remote.partial import execute_part, plan_part
-    from llmos_cli.remote.view import open_view
 
     ref = parse_ref(ref_text)
     target = parse_ref(name) if name else selection.part_of(ref)
@@ -262,7 +262,7 @@ def _pull_from_hub(
     here: "Session", text: str, name: str | None, patterns: list[str], *, force: bool, dry_run: bool
 ) -> None:
     from llmos_cli.formats.names import parse_ref
-    from llmos_cli.remote.hub import execute_hub_pull, open_hub, parse_hub_address, plan_hub_pull
+    from llmos_cli.remote.hub.hub import execute_hub_pull, open_hub, parse_hub_address, plan_hub_pull
 
     address = parse_hub_address(text)
     ref = parse_ref(name) if name else address.ref

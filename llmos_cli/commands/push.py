@@ -10,7 +10,7 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import duration, plural, size
 
 if TYPE_CHECKING:
-    from llmos_cli.remote.push import PushedRef
+    from llmos_cli.remote.exchange.push import PushedRef
 
 _DONE = {"new": "new", "moved": "moved", "forced": "moved, forced", "unchanged": "unchanged"}
 
@@ -41,10 +41,10 @@ def push(
       llmos push /mnt/usb/models --all --dry-run
     """
     from llmos_cli.formats.names import parse_ref
+    from llmos_cli.remote.exchange.prune import remove_there, surplus_there
+    from llmos_cli.remote.exchange.push import execute_push, plan_push
     from llmos_cli.remote.open import find_remote
-    from llmos_cli.remote.pool import shortfall, tolerate
-    from llmos_cli.remote.prune import remove_there, surplus_there
-    from llmos_cli.remote.push import execute_push, plan_push
+    from llmos_cli.remote.pool.pool import shortfall, tolerate
 
     here = session(ctx)
     if bool(refs) == everything:

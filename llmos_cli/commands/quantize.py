@@ -45,9 +45,9 @@ def quantize(
     from llmos_cli.quantize.quality import dataset_of, evaluate
     from llmos_cli.quantize.run import quantize_int8
     from llmos_cli.store.leases import hold
-    from llmos_cli.store.lineage import ref_labels
-    from llmos_cli.store.objects import read_manifest
-    from llmos_cli.store.resolve import Resolved, resolve
+    from llmos_cli.store.packs.objects import read_manifest
+    from llmos_cli.store.refs.lineage import ref_labels
+    from llmos_cli.store.refs.resolve import Resolved, resolve
 
     here = session(ctx)
     out = here.out

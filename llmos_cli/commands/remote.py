@@ -29,7 +29,7 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import plural, size
 
 if TYPE_CHECKING:
-    from llmos_cli.remote.pools import PoolRemote
+    from llmos_cli.remote.pool.pools import PoolRemote
 
 NameArgument = Annotated[str, typer.Argument(metavar="REMOTE", help="What to call it.", show_default=False)]
 PoolArgument = Annotated[str, typer.Argument(metavar="REMOTE", help="A pool's name, or its URL.", show_default=False)]
@@ -62,7 +62,7 @@ def add(
         raise UsageError(f"{name} is given {len(urls)} URLs", hint="several nodes make a pool: add --pool")
     with here.open_store() as store:
         if pool:
-            from llmos_cli.remote.pools import add_pool
+            from llmos_cli.remote.pool.pools import add_pool
 
             kept = add_pool(store, name, urls, replicas, here.cwd).pool.url
         else:
@@ -121,8 +121,8 @@ def show(ctx: typer.Context, name: PoolArgument) -> None:
     Examples:
       llmos remote show team
     """
-    from llmos_cli.remote.pools import find_pool_remote
-    from llmos_cli.remote.scrub import look
+    from llmos_cli.remote.pool.pools import find_pool_remote
+    from llmos_cli.remote.pool.scrub import look
 
     here = session(ctx)
     with here.open_store() as store:
@@ -141,9 +141,9 @@ def status(ctx: typer.Context, name: PoolArgument) -> None:
       llmos remote status team
       llmos remote status team --json
     """
-    from llmos_cli.remote.ballot import pending
-    from llmos_cli.remote.pools import find_pool_remote
-    from llmos_cli.remote.scrub import look
+    from llmos_cli.remote.pool.ballot import pending
+    from llmos_cli.remote.pool.pools import find_pool_remote
+    from llmos_cli.remote.pool.scrub import look
 
     here = session(ctx)
     with here.open_store() as store:
@@ -172,9 +172,9 @@ def scrub(
       llmos remote scrub team
       llmos remote scrub team --percent 5
     """
-    from llmos_cli.remote.ballot import pending
-    from llmos_cli.remote.pools import find_pool_remote
-    from llmos_cli.remote.scrub import scrub as read_all
+    from llmos_cli.remote.pool.ballot import pending
+    from llmos_cli.remote.pool.pools import find_pool_remote
+    from llmos_cli.remote.pool.scrub import scrub as read_all
 
     here = session(ctx)
     with here.open_store() as store:
@@ -209,8 +209,8 @@ def repair(
       llmos remote repair team --dry-run
       llmos remote repair team
     """
-    from llmos_cli.remote.heal import down, execute_heal, plan_heal
-    from llmos_cli.remote.pools import find_pool_remote
+    from llmos_cli.remote.pool.heal import down, execute_heal, plan_heal
+    from llmos_cli.remote.pool.pools import find_pool_remote
 
     here = session(ctx)
     with here.open_store() as store:
@@ -239,8 +239,8 @@ def add_node(
     Examples:
       llmos remote add-node team /mnt/e
     """
-    from llmos_cli.remote.pools import add_node as let_in
-    from llmos_cli.remote.pools import find_pool_remote
+    from llmos_cli.remote.pool.pools import add_node as let_in
+    from llmos_cli.remote.pool.pools import find_pool_remote
 
     here = session(ctx)
     with here.open_store() as store:
@@ -267,7 +267,7 @@ def rm_node(
     Examples:
       llmos remote rm-node team /mnt/b
     """
-    from llmos_cli.remote.pools import find_nodes, find_pool_remote, remove_nodes
+    from llmos_cli.remote.pool.pools import find_nodes, find_pool_remote, remove_nodes
 
     here = session(ctx)
     with here.open_store() as store:
@@ -302,8 +302,8 @@ def publish(ctx: typer.Context, name: NameArgument) -> None:
       llmos remote publish nas
       llmos clone https://models.example.org/nas copy
     """
-    from llmos_cli.remote.listing import publish as write_listing
     from llmos_cli.remote.open import find_remote, require_ready
+    from llmos_cli.remote.transports.listing import publish as write_listing
 
     here = session(ctx)
     with here.open_store() as store:

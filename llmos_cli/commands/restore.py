@@ -9,7 +9,7 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import duration, plural, size, when
 
 if TYPE_CHECKING:
-    from llmos_cli.remote.restore import RestoredRef
+    from llmos_cli.remote.backup.restore import RestoredRef
 
 _DONE = {"new": "new", "moved": "moved forward", "forced": "set back, forced"}
 
@@ -44,8 +44,8 @@ def restore(
       llmos init; llmos restore /mnt/nas/models
     """
     from llmos_cli.formats.names import parse_ref
+    from llmos_cli.remote.backup.restore import execute_restore, plan_restore
     from llmos_cli.remote.open import find_remote
-    from llmos_cli.remote.restore import execute_restore, plan_restore
 
     here = session(ctx)
     wanted = [parse_ref(text) for text in refs or []]

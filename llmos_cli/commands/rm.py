@@ -26,8 +26,8 @@ def rm(
       llmos tag @3f2a9c01 old        (brings it back)
     """
     from llmos_cli.formats.names import parse_target
-    from llmos_cli.store.refs import delete_ref
-    from llmos_cli.store.resolve import resolve
+    from llmos_cli.store.refs.refs import delete_ref
+    from llmos_cli.store.refs.resolve import resolve
 
     here = session(ctx)
     for text in refs:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from llmos_cli.formats.manifest import Manifest
     from llmos_cli.store.local import Store
-    from llmos_cli.store.resolve import Resolved
+    from llmos_cli.store.refs.resolve import Resolved
 
 
 def serve(
@@ -43,7 +43,7 @@ def serve(
     from llmos_cli.serve.servable import check_servable
     from llmos_cli.serve.server import bind
     from llmos_cli.store.leases import hold
-    from llmos_cli.store.resolve import resolve
+    from llmos_cli.store.refs.resolve import resolve
 
     here = session(ctx)
     with here.open_store() as store, closing(bind(host, port, insecure=insecure)) as bound:

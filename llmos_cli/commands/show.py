@@ -14,7 +14,7 @@ from llmos_cli.ui.signers import signer_json, signer_text
 from llmos_cli.ui.text import count, percent, plural, safe_line, shorten, size
 
 if TYPE_CHECKING:
-    from llmos_cli.store.census import Census, Footprint, Tensor
+    from llmos_cli.store.inspect.census import Census, Footprint, Tensor
 
 SHOWN_FILES = 10
 SHOWN_SOURCES = 3
@@ -49,11 +49,11 @@ def show(
       llmos show @3f2a9c01 --json
       llmos show nas/tiny:v1 --tensors
     """
-    from llmos_cli.remote.view import resolve_anywhere, signers_of, split_remote
-    from llmos_cli.store.census import footprints, take_census
-    from llmos_cli.store.digests import sha256_files
-    from llmos_cli.store.lineage import describe_recipe, ref_labels
-    from llmos_cli.store.objects import read_manifest
+    from llmos_cli.remote.exchange.view import resolve_anywhere, signers_of, split_remote
+    from llmos_cli.store.inspect.census import footprints, take_census
+    from llmos_cli.store.inspect.digests import sha256_files
+    from llmos_cli.store.packs.objects import read_manifest
+    from llmos_cli.store.refs.lineage import describe_recipe, ref_labels
 
     here = session(ctx)
     if sha256 and (parts := split_remote(ref)):

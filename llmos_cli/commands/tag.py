@@ -11,7 +11,7 @@ from llmos_cli.ui.session import session
 if TYPE_CHECKING:
     from llmos_cli.formats.names import RefName
     from llmos_cli.store.handle import Store
-    from llmos_cli.store.resolve import Resolved
+    from llmos_cli.store.refs.resolve import Resolved
     from llmos_cli.ui.session import Session
 
 
@@ -50,9 +50,9 @@ def tag(
       llmos tag tiny tiny:v1 --sign ~/.config/llmos.key --valid-days 90
     """
     from llmos_cli.formats.names import parse_ref
-    from llmos_cli.store.keys import load_key
-    from llmos_cli.store.resolve import resolve
-    from llmos_cli.store.signatures import sign_ref
+    from llmos_cli.store.refs.keys import load_key
+    from llmos_cli.store.refs.resolve import resolve
+    from llmos_cli.store.refs.signatures import sign_ref
 
     here = session(ctx)
     if new_key:
@@ -82,8 +82,8 @@ def tag(
 
 def _point(store: "Store", target: "RefName", source: "Resolved", text: str, *, force: bool) -> bool:
     """Move the ref; whether it was elsewhere before."""
-    from llmos_cli.store.point import point, point_anew
-    from llmos_cli.store.refs import read_ref
+    from llmos_cli.store.refs.point import point, point_anew
+    from llmos_cli.store.refs.refs import read_ref
 
     try:
         current = read_ref(store, target)
@@ -104,7 +104,7 @@ def _point(store: "Store", target: "RefName", source: "Resolved", text: str, *, 
 
 
 def _make_key(here: "Session", path: Path) -> None:
-    from llmos_cli.store.keys import new_key
+    from llmos_cli.store.refs.keys import new_key
 
     public = new_key(here.cwd / path.expanduser())
     here.out.result({"key": str(path), "public": public})

@@ -19,7 +19,7 @@ from llmos_cli.formats.limits import CHUNK_BYTES, MiB
 from llmos_cli.formats.manifest import FileEntry, Manifest, encode_manifest
 from llmos_cli.formats.safetensors import TensorInfo, read_table
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import open_file
+from llmos_cli.store.packs.objects import open_file
 
 CACHE_BYTES: Final = 512 * MiB
 SHARD_PREFIX: Final = "tokens-"

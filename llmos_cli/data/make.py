@@ -24,11 +24,11 @@ from llmos_cli.formats.ids import ObjectId, object_id
 from llmos_cli.formats.manifest import FileEntry, Manifest, Recipe, Source
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Progress
-from llmos_cli.store.durable import TEMP_PREFIX
+from llmos_cli.store.disk.durable import TEMP_PREFIX
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.recipes import find_made
-from llmos_cli.store.resolve import resolve
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.refs.recipes import find_made
+from llmos_cli.store.refs.resolve import resolve
 from llmos_cli.store.transaction import Transaction, begin
 
 DEFAULT_FIELD: Final = "text"

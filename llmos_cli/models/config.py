@@ -10,7 +10,7 @@ from llmos_cli.formats import canonical
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models.quiet import quiet
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_file
+from llmos_cli.store.packs.objects import read_file
 
 CONFIG_FILE: Final = "config.json"
 # What transformers raises, at construction or later, for values that make no sense together.

@@ -21,7 +21,7 @@ from llmos_cli.models.quiet import quiet
 from llmos_cli.models.weights import load_state_dict
 from llmos_cli.progress import Progress, Silent
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_file
+from llmos_cli.store.packs.objects import read_file
 
 load_config = configs.load_config
 llama_config = configs.llama_config

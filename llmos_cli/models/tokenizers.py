@@ -17,7 +17,7 @@ from llmos_cli.formats.manifest import FileEntry, Manifest
 from llmos_cli.models.config import one_line
 from llmos_cli.models.quiet import quiet
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_file
+from llmos_cli.store.packs.objects import read_file
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 _CONFIG_FILE: Final = "tokenizer_config.json"

@@ -19,9 +19,9 @@ from llmos_cli.formats.limits import CHUNK_BYTES
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.safetensors import TensorInfo
 from llmos_cli.progress import Progress, Silent
+from llmos_cli.store.inspect.tensors import tensor_table
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import FileReader, open_file
-from llmos_cli.store.tensors import tensor_table
+from llmos_cli.store.packs.objects import FileReader, open_file
 from llmos_cli.store.transaction import Tensor
 
 TORCH_DTYPES: Final = {

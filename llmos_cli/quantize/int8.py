@@ -21,7 +21,7 @@ from llmos_cli.models.weights import TORCH_DTYPES, read_tensor, tensor_bytes
 from llmos_cli.progress import Progress, Task
 from llmos_cli.quantize.plan import Quantized, QuantizePlan, plan_int8
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import FileReader, open_file
+from llmos_cli.store.packs.objects import FileReader, open_file
 from llmos_cli.store.transaction import Tensor, Transaction
 
 WEIGHTS_FILE: Final = "model.safetensors"

@@ -21,8 +21,8 @@ from llmos_cli.models.config import load_config
 from llmos_cli.models.load import meta_model
 from llmos_cli.models.quantized import QUANTIZABLE, SCALE, WEIGHT, Scheme, prepare_quantized, quantizable, tied_modules
 from llmos_cli.models.quiet import quiet
+from llmos_cli.store.inspect.tensors import tensor_table
 from llmos_cli.store.local import Store
-from llmos_cli.store.tensors import tensor_table
 
 _FLOATS: Final = {"BF16", "F16", "F32", "F64"}
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

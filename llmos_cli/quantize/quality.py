@@ -17,8 +17,8 @@ from llmos_cli.formats.manifest import Manifest, Recipe
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Progress
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.recipes import find_made
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.refs.recipes import find_made
 from llmos_cli.store.transaction import begin
 
 REPORT_FILE: Final = "report.json"

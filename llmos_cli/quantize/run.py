@@ -13,10 +13,10 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest, Recipe
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Progress
+from llmos_cli.store.inspect.tensors import tensor_table
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.recipes import find_made
-from llmos_cli.store.tensors import tensor_table
+from llmos_cli.store.packs.objects import read_manifest
+from llmos_cli.store.refs.recipes import find_made
 from llmos_cli.store.transaction import begin
 
 SCHEME: Final = "int8"

@@ -14,7 +14,9 @@ from urllib.parse import unquote
 from llmos_cli.errors import Damaged, NotFound, Unsafe, UsageError, from_os_error
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, check_format
 from llmos_cli.formats.names import RefName
-from llmos_cli.remote.address import (
+from llmos_cli.remote.pool.members import find_pool, open_pool, split_pool_url
+from llmos_cli.remote.pool.pool import POOL_SCHEME, PoolTransport, pool_url
+from llmos_cli.remote.transports.address import (
     HDFS_SCHEMES,
     SCHEMES,
     WEB_SCHEMES,
@@ -22,10 +24,8 @@ from llmos_cli.remote.address import (
     parse_hdfs_address,
     parse_web_address,
 )
-from llmos_cli.remote.folder import FolderTransport
-from llmos_cli.remote.members import find_pool, open_pool, split_pool_url
-from llmos_cli.remote.pool import POOL_SCHEME, PoolTransport, pool_url
-from llmos_cli.remote.transport import Transport
+from llmos_cli.remote.transports.folder import FolderTransport
+from llmos_cli.remote.transports.transport import Transport
 from llmos_cli.store.handle import Store
 from llmos_cli.store.local import STORE_FOLDER, save_config
 
@@ -64,15 +64,15 @@ def open_transport(url: str) -> Transport:
     if url.startswith(POOL_SCHEME):
         return open_remote(url, lambda message: None)
     if _scheme(url) in SCHEMES:
-        from llmos_cli.remote.objectstore import ObjectStoreTransport
+        from llmos_cli.remote.transports.objectstore import ObjectStoreTransport
 
         return ObjectStoreTransport(parse_address(url))
     if _scheme(url) in WEB_SCHEMES:
-        from llmos_cli.remote.published import WebTransport
+        from llmos_cli.remote.transports.published import WebTransport
 
         return WebTransport(parse_web_address(url))
     if _scheme(url) in HDFS_SCHEMES:
-        from llmos_cli.remote.hdfs import HdfsTransport
+        from llmos_cli.remote.transports.hdfs import HdfsTransport
 
         return HdfsTransport(*parse_hdfs_address(url))
     root = _folder(url, Path("/"))

@@ -8,7 +8,7 @@ from typing import Final
 
 from llmos_cli.errors import AccessDenied
 from llmos_cli.remote.open import is_ready
-from llmos_cli.remote.transport import Transport
+from llmos_cli.remote.transports.transport import Transport
 
 CONDITIONAL: Final = "conditional put"
 LOCKS: Final = "lock objects"
@@ -18,8 +18,8 @@ LINKS: Final = "exclusive names"
 
 def probe(transport: Transport) -> str:
     """How a ref is moved there, one of the words above; leaves nothing behind but, where it is needed, the mark."""
-    from llmos_cli.remote.objectstore import ObjectStoreTransport
-    from llmos_cli.remote.published import WebTransport
+    from llmos_cli.remote.transports.objectstore import ObjectStoreTransport
+    from llmos_cli.remote.transports.published import WebTransport
 
     if isinstance(transport, WebTransport):
         return READ_ONLY

@@ -5,8 +5,8 @@ from typing import Final
 from llmos_cli.errors import UsageError
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.resolve import Resolved
+from llmos_cli.store.packs.objects import read_manifest
+from llmos_cli.store.refs.resolve import Resolved
 
 KINDS: Final = ("model", "checkpoint")
 

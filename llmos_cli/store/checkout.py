@@ -12,9 +12,9 @@ from llmos_cli.formats import limits
 from llmos_cli.formats.manifest import Chunk, FileEntry, Manifest
 from llmos_cli.formats.names import check_paths
 from llmos_cli.progress import Progress, Task
-from llmos_cli.store.durable import Destination, flush
+from llmos_cli.store.disk.durable import Destination, flush
 from llmos_cli.store.handle import Store
-from llmos_cli.store.objects import read_object_into
+from llmos_cli.store.packs.objects import read_object_into
 
 _FLUSH_BYTES: Final = 32 * limits.MiB
 _WORKERS: Final = min(os.cpu_count() or 1, 16)

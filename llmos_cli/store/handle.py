@@ -13,7 +13,7 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.layout import PACKS, REFS, pack_key
 from llmos_cli.formats.pack import Entry
 from llmos_cli.progress import Progress
-from llmos_cli.store.index import Index
+from llmos_cli.store.packs.index import Index
 
 
 class Elsewhere(Protocol):

@@ -20,9 +20,9 @@ from uuid import uuid4
 
 from llmos_cli.errors import Busy, Damaged, LlmosError, from_os_error
 from llmos_cli.formats.ids import ObjectId, parse_id
-from llmos_cli.store import durable
+from llmos_cli.store.disk import durable
+from llmos_cli.store.disk.identity import ProcessIdentity, is_alive, this_process
 from llmos_cli.store.handle import Store
-from llmos_cli.store.identity import ProcessIdentity, is_alive, this_process
 
 RENEW_SECONDS: Final = 300.0
 STALE_SECONDS: Final = 1800.0

@@ -14,10 +14,10 @@ from llmos_cli.config import Config, parse_config
 from llmos_cli.errors import AccessDenied, NoSpace, NotFound, Unsafe, UsageError, from_os_error
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, PACKS, REFS, check_format
 from llmos_cli.progress import Progress, Silent
-from llmos_cli.store import durable
+from llmos_cli.store.disk import durable
+from llmos_cli.store.fsck.settings import CONFIG_FILE, write_config
 from llmos_cli.store.handle import Store
-from llmos_cli.store.packs import sync_index
-from llmos_cli.store.settings import CONFIG_FILE, write_config
+from llmos_cli.store.packs.packs import sync_index
 
 __all__ = ["Store", "find_store", "init_store", "open_store", "save_config"]
 

@@ -18,17 +18,17 @@ from llmos_cli.formats.ids import ObjectId, object_id
 from llmos_cli.formats.manifest import FileEntry, Manifest, encode_manifest
 from llmos_cli.formats.names import RefName, check_path
 from llmos_cli.progress import Progress, Silent, Task
-from llmos_cli.store.adopt import KNOWN, Adoption, adopt_path
-from llmos_cli.store.bases import Base, open_base
+from llmos_cli.store.gc.reach import objects_of
 from llmos_cli.store.handle import Store
-from llmos_cli.store.ingest import Tensor, put_path, put_stream, put_tensors, status_of
+from llmos_cli.store.intake.adopt import KNOWN, Adoption, adopt_path
+from llmos_cli.store.intake.bases import Base, open_base
+from llmos_cli.store.intake.ingest import Tensor, put_path, put_stream, put_tensors, status_of
+from llmos_cli.store.intake.statcache import Seen, recall, remember
 from llmos_cli.store.leases import hold
-from llmos_cli.store.packs import secure
-from llmos_cli.store.pipeline import Pipeline, open_pipeline
-from llmos_cli.store.point import make_reachable
-from llmos_cli.store.reach import objects_of
-from llmos_cli.store.refs import read_ref, update_ref
-from llmos_cli.store.statcache import Seen, recall, remember
+from llmos_cli.store.packs.packs import secure
+from llmos_cli.store.packs.pipeline import Pipeline, open_pipeline
+from llmos_cli.store.refs.point import make_reachable
+from llmos_cli.store.refs.refs import read_ref, update_ref
 
 __all__ = ["Commit", "Tensor", "Transaction", "begin"]
 

@@ -8,7 +8,7 @@ from llmos_cli.formats import canonical
 from llmos_cli.formats.canonical import Json
 from llmos_cli.formats.manifest import FileEntry, Manifest
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_file
+from llmos_cli.store.packs.objects import read_file
 from llmos_cli.train.config import check_trainable
 
 _LENGTH_KEYS: Final = ("max_position_embeddings", "n_positions", "seq_length")

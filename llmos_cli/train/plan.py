@@ -16,10 +16,10 @@ from llmos_cli.formats.manifest import Manifest, Recipe, recipe_key
 from llmos_cli.formats.names import RefName, parse_ref
 from llmos_cli.store.leases import hold_alone
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.recipes import find_made
-from llmos_cli.store.refs import read_ref
-from llmos_cli.store.resolve import resolve
+from llmos_cli.store.packs.objects import read_manifest
+from llmos_cli.store.refs.recipes import find_made
+from llmos_cli.store.refs.refs import read_ref
+from llmos_cli.store.refs.resolve import resolve
 from llmos_cli.train.config import (
     Options,
     TrainConfig,

@@ -10,9 +10,9 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.point import point
-from llmos_cli.store.refs import read_ref
+from llmos_cli.store.packs.objects import read_manifest
+from llmos_cli.store.refs.point import point
+from llmos_cli.store.refs.refs import read_ref
 from llmos_cli.store.transaction import begin
 from llmos_cli.train.plan import STATE_FOLDER, Plan, read_checkpoint
 

@@ -22,7 +22,7 @@ from llmos_cli.models.weights import load_state_dict
 from llmos_cli.progress import Progress
 from llmos_cli.store.leases import hold
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_file
+from llmos_cli.store.packs.objects import read_file
 from llmos_cli.train.causal import check_causal
 from llmos_cli.train.checkpoint import POSITION, Position, decode_position, restore
 from llmos_cli.train.device import describe, is_slow, open_accelerator

@@ -13,11 +13,11 @@ from llmos_cli.ui.output import Output
 from llmos_cli.ui.text import count, percent, plural, safe_line, shorten, size
 
 if TYPE_CHECKING:
-    from llmos_cli.store.census import Tensor
-    from llmos_cli.store.changes import Change, Changes
-    from llmos_cli.store.diff import Comparison, FileDiff
-    from llmos_cli.store.distance import Distance
-    from llmos_cli.store.tensordiff import TensorDiff
+    from llmos_cli.store.inspect.census import Tensor
+    from llmos_cli.store.inspect.changes import Change, Changes
+    from llmos_cli.store.inspect.diff import Comparison, FileDiff
+    from llmos_cli.store.inspect.distance import Distance
+    from llmos_cli.store.inspect.tensordiff import TensorDiff
 
 STATUSES = ("equal", "changed", "added", "removed")
 SHOWN_MOVED = 15

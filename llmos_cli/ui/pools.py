@@ -6,9 +6,9 @@ from llmos_cli.ui.session import Session
 from llmos_cli.ui.text import count, percent, plural, size
 
 if TYPE_CHECKING:
-    from llmos_cli.remote.heal import Healed, HealPlan
-    from llmos_cli.remote.pools import PoolRemote
-    from llmos_cli.remote.scrub import PackCopies, Survey
+    from llmos_cli.remote.pool.heal import Healed, HealPlan
+    from llmos_cli.remote.pool.pools import PoolRemote
+    from llmos_cli.remote.pool.scrub import PackCopies, Survey
 
 _SHOWN: Final = 20
 

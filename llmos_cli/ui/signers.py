@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from llmos_cli.ui.text import safe_line
 
 if TYPE_CHECKING:
-    from llmos_cli.store.signatures import Signed
+    from llmos_cli.store.refs.signatures import Signed
 
 _DIGITS = 16  # of a key that has no name here
 

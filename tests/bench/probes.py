@@ -14,11 +14,11 @@ from llmos_cli.formats.ids import ObjectId, object_id
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.safetensors import read_table
 from llmos_cli.progress import Silent
-from llmos_cli.store.add import execute_add, plan_add
-from llmos_cli.store.index import Location
+from llmos_cli.store.intake.add import execute_add, plan_add
 from llmos_cli.store.local import open_store
-from llmos_cli.store.objects import read_manifest, read_object_into
-from llmos_cli.store.resolve import resolve
+from llmos_cli.store.packs.index import Location
+from llmos_cli.store.packs.objects import read_manifest, read_object_into
+from llmos_cli.store.refs.resolve import resolve
 
 FILE = "model.safetensors"
 
@@ -129,8 +129,8 @@ def load_plain(model: Path) -> Load:
 def load_one(store: Path, name: str) -> tuple[float, int, int]:
     """Seconds of reading the largest tensor alone, its bytes, and the bytes that this takes from the disk."""
     from llmos_cli.models.weights import read_tensor
-    from llmos_cli.store.objects import open_file
-    from llmos_cli.store.tensors import tensor_table
+    from llmos_cli.store.inspect.tensors import tensor_table
+    from llmos_cli.store.packs.objects import open_file
 
     with open_store(store) as opened:
         table = tensor_table(opened, read_manifest(opened, resolve(opened, name).id))

@@ -26,7 +26,7 @@ from llmos_cli.formats.names import RefName
 from llmos_cli.formats.reflog import RefEntry, encode_entry, entry_name
 from llmos_cli.store.handle import Store
 from llmos_cli.store.local import init_store, open_store
-from llmos_cli.store.packs import PackWriter
+from llmos_cli.store.packs.packs import PackWriter
 from tests.bench.measure import print_machine
 
 CHUNKS_PER_FILE = 20

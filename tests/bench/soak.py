@@ -35,12 +35,12 @@ from llmos_cli.formats import limits
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.safetensors import encode_header
 from llmos_cli.progress import Silent
-from llmos_cli.store.fsck import check
+from llmos_cli.store.fsck.fsck import check
 from llmos_cli.store.handle import Store
 from llmos_cli.store.local import init_store, open_store, save_config
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.packs import list_packs
-from llmos_cli.store.refs import read_ref, ref_history
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.packs.packs import list_packs
+from llmos_cli.store.refs.refs import read_ref, ref_history
 from tests.bench.measure import print_machine
 
 NAMES_EACH = 5

@@ -15,12 +15,12 @@ from llmos_cli.errors import Damaged, NotFound, Unsafe
 from llmos_cli.formats.ids import object_id
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT
 from llmos_cli.progress import Silent
-from llmos_cli.remote.address import ObjectAddress, parse_address
-from llmos_cli.remote.folder import FolderTransport
-from llmos_cli.remote.hdfs import HdfsTransport
-from llmos_cli.remote.members import create_pool
-from llmos_cli.remote.objectstore import ObjectStoreTransport
-from llmos_cli.remote.transport import Transport
+from llmos_cli.remote.pool.members import create_pool
+from llmos_cli.remote.transports.address import ObjectAddress, parse_address
+from llmos_cli.remote.transports.folder import FolderTransport
+from llmos_cli.remote.transports.hdfs import HdfsTransport
+from llmos_cli.remote.transports.objectstore import ObjectStoreTransport
+from llmos_cli.remote.transports.transport import Transport
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Stopping a program at every step it takes to make a change permanent, without a hook in the program.
 
-`store/durable.py` is the only file that changes what is on disk, so a stand-in for its `os` module sees every step:
+`store/disk/durable.py` alone changes what is on disk, so a stand-in for its `os` module sees every step:
 
 - `killed_at(k, work)` forks a child that leaves by `os._exit` just before its k-th step (at a write: half-way through).
   What it did before is all there, as after SIGKILL or a panic of the program.
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llmos_cli.errors import LlmosError
-from llmos_cli.store import durable
+from llmos_cli.store.disk import durable
 
 KILLED: Final = 99
 STEPS: Final = {"writev", "fsync", "chmod", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "utime"}

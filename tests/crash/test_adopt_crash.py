@@ -15,13 +15,13 @@ import pytest
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.progress import Silent
-from llmos_cli.store.add import execute_add, plan_add
-from llmos_cli.store.adopted import list_adopted, list_trashed
-from llmos_cli.store.fsck import check
-from llmos_cli.store.gc import execute_gc, plan_gc
+from llmos_cli.store.fsck.fsck import check
+from llmos_cli.store.gc.gc import execute_gc, plan_gc
+from llmos_cli.store.intake.add import execute_add, plan_add
 from llmos_cli.store.local import Store, init_store, open_store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.refs import delete_ref, read_ref
+from llmos_cli.store.packs.adopted import list_adopted, list_trashed
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.refs.refs import delete_ref, read_ref
 from llmos_cli.store.transaction import begin
 
 pytestmark = pytest.mark.slow

@@ -18,11 +18,11 @@ import pytest
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Silent
-from llmos_cli.store.fsck import check
+from llmos_cli.store.fsck.fsck import check
 from llmos_cli.store.local import init_store, open_store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.packs import list_packs
-from llmos_cli.store.refs import read_ref
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.packs.packs import list_packs
+from llmos_cli.store.refs.refs import read_ref
 from llmos_cli.store.transaction import begin
 
 pytestmark = pytest.mark.slow

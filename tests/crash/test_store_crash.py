@@ -31,21 +31,21 @@ from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName, parse_ref
 from llmos_cli.formats.safetensors import encode_header
 from llmos_cli.progress import Silent
-from llmos_cli.remote.repair import find_sources, repair
-from llmos_cli.store import durable
-from llmos_cli.store.add import execute_add, plan_add
+from llmos_cli.remote.exchange.repair import find_sources, repair
 from llmos_cli.store.checkout import execute_checkout, plan_checkout
-from llmos_cli.store.fsck import check
-from llmos_cli.store.gc import execute_gc, plan_gc
+from llmos_cli.store.disk import durable
+from llmos_cli.store.fsck.fsck import check
+from llmos_cli.store.fsck.settings import mend_settings
+from llmos_cli.store.gc.gc import execute_gc, plan_gc
+from llmos_cli.store.gc.repack import execute_repack, plan_repack
+from llmos_cli.store.gc.undelete import execute_undelete, plan_undelete
+from llmos_cli.store.intake.add import execute_add, plan_add
 from llmos_cli.store.local import Store, init_store, open_store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.packs import list_packs, read_pack, sync_index
-from llmos_cli.store.point import point
-from llmos_cli.store.refs import delete_ref, list_refs, read_ref
-from llmos_cli.store.repack import execute_repack, plan_repack
-from llmos_cli.store.settings import mend_settings
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.packs.packs import list_packs, read_pack, sync_index
+from llmos_cli.store.refs.point import point
+from llmos_cli.store.refs.refs import delete_ref, list_refs, read_ref
 from llmos_cli.store.transaction import Tensor, begin
-from llmos_cli.store.undelete import execute_undelete, plan_undelete
 
 pytestmark = pytest.mark.slow
 

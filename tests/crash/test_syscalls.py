@@ -28,12 +28,12 @@ from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName, parse_ref
 from llmos_cli.formats.safetensors import encode_header
 from llmos_cli.progress import Silent
-from llmos_cli.store.fsck import check
-from llmos_cli.store.gc import execute_gc, plan_gc
+from llmos_cli.store.fsck.fsck import check
+from llmos_cli.store.gc.gc import execute_gc, plan_gc
 from llmos_cli.store.local import Store, init_store, open_store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.packs import PackWriter, list_packs
-from llmos_cli.store.refs import delete_ref, read_ref, ref_names
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.packs.packs import PackWriter, list_packs
+from llmos_cli.store.refs.refs import delete_ref, read_ref, ref_names
 from llmos_cli.store.transaction import Tensor, begin
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

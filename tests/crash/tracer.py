@@ -29,9 +29,10 @@ from llmos_cli.formats import limits
 limits.PACK_TARGET_BYTES = int(sys.argv[1])
 app.build(("add", "checkout", "du", "fsck", "gc", "init", "rm", "show", "tag"))
 import numpy, pyfastcdc, rich.console, sqlite3, typer.core
-for module in sorted((Path(app.__file__).parent / "store").glob("[!_]*.py")):
-    importlib.import_module(f"llmos_cli.store.{module.stem}")
-import llmos_cli.remote.repair
+package = Path(app.__file__).parent
+for module in sorted((package / "store").rglob("[!_]*.py")):
+    importlib.import_module(".".join(("llmos_cli", *module.relative_to(package).with_suffix("").parts)))
+import llmos_cli.remote.exchange.repair
 gc.freeze()  # or a child's first collection would copy every page
 
 for line in sys.stdin:

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llmos_cli.app import main
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.progress import Silent
-from llmos_cli.store.add import execute_add, plan_add
+from llmos_cli.store.intake.add import execute_add, plan_add
 from llmos_cli.store.leases import live_leases
 from llmos_cli.store.local import init_store, open_store
 

@@ -37,17 +37,17 @@ from llmos_cli.formats import limits
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Silent
-from llmos_cli.store.fsck import check
-from llmos_cli.store.gc import execute_gc, plan_gc
+from llmos_cli.store.fsck.fsck import check
+from llmos_cli.store.gc.gc import execute_gc, plan_gc
+from llmos_cli.store.gc.repack import execute_repack, plan_repack
+from llmos_cli.store.gc.undelete import execute_undelete, plan_undelete
 from llmos_cli.store.local import Store, init_store, open_store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.packs import list_packs
-from llmos_cli.store.point import point
-from llmos_cli.store.refs import delete_ref, read_ref, ref_history
-from llmos_cli.store.repack import execute_repack, plan_repack
-from llmos_cli.store.resolve import resolve
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.packs.packs import list_packs
+from llmos_cli.store.refs.point import point
+from llmos_cli.store.refs.refs import delete_ref, read_ref, ref_history
+from llmos_cli.store.refs.resolve import resolve
 from llmos_cli.store.transaction import Tensor, Transaction, begin
-from llmos_cli.store.undelete import execute_undelete, plan_undelete
 
 pytestmark = pytest.mark.slow
 

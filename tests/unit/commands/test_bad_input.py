@@ -63,7 +63,7 @@ def test_every_command_outside_a_store(llmos: Llmos, folder: Path, verb: str) ->
     assert [path.name for path in folder.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.parametrize("verb", CALLS.keys() - NAME_NO_REF)
+@pytest.mark.parametrize("verb", sorted(CALLS.keys() - NAME_NO_REF))
 def test_every_command_with_an_unknown_ref(llmos: Llmos, store: Path, verb: str) -> None:
     llmos("remote", "add", "there", store.parent / "there")
     before = llmos("ls", "--json").json
@@ -75,7 +75,7 @@ def test_every_command_with_an_unknown_ref(llmos: Llmos, store: Path, verb: str)
     assert llmos("ls", "--json").json == before
 
 
-@pytest.mark.parametrize("verb", CALLS.keys() - NAME_NO_REF)
+@pytest.mark.parametrize("verb", sorted(CALLS.keys() - NAME_NO_REF))
 def test_every_command_with_a_malformed_name(llmos: Llmos, store: Path, verb: str) -> None:
     for name in ("no/slash", "..", "a:b:c", "name:", "@xyz", "na\x1b[31mme"):
         ran = llmos(verb, *(name if word == "nots" else word for word in CALLS[verb]))
@@ -207,7 +207,7 @@ def test_two_writers_of_one_ref_and_one_loses(llmos: Llmos, store: Path) -> None
     from llmos_cli.errors import Conflict
     from llmos_cli.formats.names import parse_ref
     from llmos_cli.progress import Silent
-    from llmos_cli.store.add import execute_add, plan_add
+    from llmos_cli.store.intake.add import execute_add, plan_add
     from llmos_cli.store.local import open_store
 
     codes: list[int] = []

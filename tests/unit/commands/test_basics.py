@@ -147,7 +147,7 @@ def test_a_bug_says_so_and_shows_its_traceback(llmos: Llmos, store: Path, monkey
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("llmos_cli.store.refs.ref_names", broken)
+    monkeypatch.setattr("llmos_cli.store.refs.refs.ref_names", broken)
     ran = llmos("ls")
     assert ran.code == 1
     assert "Traceback" in ran.err

@@ -13,8 +13,8 @@ from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Silent, Task
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.refs import read_ref, ref_history, update_ref
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.refs.refs import read_ref, ref_history, update_ref
 from llmos_cli.store.transaction import begin
 
 WEB = RefName("web")

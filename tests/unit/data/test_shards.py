@@ -11,7 +11,7 @@ from llmos_cli.data.shards import Shards, dtype_name, token_dtype, write_shards
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.progress import Silent
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_file
+from llmos_cli.store.packs.objects import read_file
 from llmos_cli.store.transaction import begin
 
 U16 = np.dtype("<u2")

@@ -14,8 +14,8 @@ from llmos_cli.models.weights import load_state_dict
 from llmos_cli.progress import Silent
 from llmos_cli.quantize.run import QuantizeResult, quantize_int8
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.refs import list_refs, read_ref
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.refs.refs import list_refs, read_ref
 
 Put = Callable[..., ObjectId]
 IDS = torch.arange(40)[None]

@@ -14,8 +14,8 @@ from llmos_cli.progress import Silent
 from llmos_cli.quantize.quality import dataset_of, evaluate
 from llmos_cli.quantize.run import quantize_int8
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.refs import read_ref
+from llmos_cli.store.packs.objects import read_manifest
+from llmos_cli.store.refs.refs import read_ref
 
 Put = Callable[..., ObjectId]
 OTHER = {"tokenizer.json": b'{"two": 2}'}

@@ -16,15 +16,15 @@ from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName, parse_ref
 from llmos_cli.formats.safetensors import encode_header
 from llmos_cli.progress import Silent
-from llmos_cli.remote.folder import FolderTransport
+from llmos_cli.remote.exchange.pull import PullResult, execute_pull, plan_pull
+from llmos_cli.remote.exchange.push import PushResult, execute_push, plan_push
 from llmos_cli.remote.open import Remote
-from llmos_cli.remote.pull import PullResult, execute_pull, plan_pull
-from llmos_cli.remote.push import PushResult, execute_push, plan_push
-from llmos_cli.store.fsck import check
+from llmos_cli.remote.transports.folder import FolderTransport
+from llmos_cli.store.fsck.fsck import check
 from llmos_cli.store.handle import Store
 from llmos_cli.store.local import init_store, open_store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.refs import read_ref
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.refs.refs import read_ref
 from llmos_cli.store.transaction import begin
 
 Run = Callable[..., tuple[int, Any, str]]

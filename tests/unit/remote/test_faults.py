@@ -21,15 +21,15 @@ from llmos_cli.app import main
 from llmos_cli.errors import AccessDenied, Busy, Conflict, LlmosError, NoSpace, RemoteUnavailable
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.progress import Silent
-from llmos_cli.remote import locks
 from llmos_cli.remote import probe as probing
-from llmos_cli.remote.address import parse_address
-from llmos_cli.remote.locks import MARKER
-from llmos_cli.remote.objectstore import ObjectStoreTransport, Patience
+from llmos_cli.remote.exchange.pull import PullResult, execute_pull, plan_pull
+from llmos_cli.remote.exchange.push import PushResult, execute_push, plan_push
+from llmos_cli.remote.exchange.refs import read_remote_ref, remote_log
 from llmos_cli.remote.open import Remote
-from llmos_cli.remote.pull import PullResult, execute_pull, plan_pull
-from llmos_cli.remote.push import PushResult, execute_push, plan_push
-from llmos_cli.remote.refs import read_remote_ref, remote_log
+from llmos_cli.remote.transports import locks
+from llmos_cli.remote.transports.address import parse_address
+from llmos_cli.remote.transports.locks import MARKER
+from llmos_cli.remote.transports.objectstore import ObjectStoreTransport, Patience
 from llmos_cli.store.handle import Store
 
 pytestmark = pytest.mark.timeout(90)

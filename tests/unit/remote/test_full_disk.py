@@ -57,7 +57,9 @@ def test_a_pull_into_a_full_store_changes_nothing_in_it(
     other = exchange.store("other")
     with pytest.raises(NoSpace):
         exchange.pull(other, "web")
-    monkeypatch.setattr("llmos_cli.remote.pull._check_space", lambda *_: None)  # it fills up only while we write
+    monkeypatch.setattr(
+        "llmos_cli.remote.exchange.pull._check_space", lambda *_: None
+    )  # it fills up only while we write
     with pytest.raises(LlmosError) as caught:
         exchange.pull(other, "web")
     assert isinstance(caught.value, NoSpace)

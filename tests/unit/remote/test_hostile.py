@@ -17,9 +17,9 @@ from llmos_cli.formats.manifest import Chunk, FileEntry, Manifest, encode_manife
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.formats.pack import Entry, entry_of, pack_end, pack_header, padding
 from llmos_cli.progress import Silent
-from llmos_cli.remote.folder import FolderTransport
-from llmos_cli.remote.refs import RemoteRef, list_remote_refs, move_remote_ref
-from llmos_cli.store.packs import read_pack_index
+from llmos_cli.remote.exchange.refs import RemoteRef, list_remote_refs, move_remote_ref
+from llmos_cli.remote.transports.folder import FolderTransport
+from llmos_cli.store.packs.packs import read_pack_index
 
 Exchange = Any
 Overwrite = Callable[[Path, bytes], None]

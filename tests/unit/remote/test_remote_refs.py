@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmos_cli.errors import RemoteUnavailable
-from llmos_cli.remote.folder import FolderTransport
+from llmos_cli.remote.transports.folder import FolderTransport
 
 Run = Callable[..., tuple[int, Any, str]]
 MODEL_BYTES = 12 * 300_000

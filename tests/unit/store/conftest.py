@@ -21,12 +21,12 @@ from llmos_cli.formats.manifest import Manifest, Recipe
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.formats.safetensors import encode_header
 from llmos_cli.progress import Silent
-from llmos_cli.store.fsck import FsckReport, check
-from llmos_cli.store.gc import GcResult, execute_gc, plan_gc
+from llmos_cli.store.fsck.fsck import FsckReport, check
+from llmos_cli.store.gc.gc import GcResult, execute_gc, plan_gc
 from llmos_cli.store.local import Store, init_store, open_store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.packs import list_packs
-from llmos_cli.store.refs import delete_ref, read_ref
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.packs.packs import list_packs
+from llmos_cli.store.refs.refs import delete_ref, read_ref
 from llmos_cli.store.transaction import Commit, begin
 
 DTYPES = {"uint8": "U8", "uint16": "BF16", "int32": "I32", "int64": "I64", "float32": "F32", "float16": "F16"}

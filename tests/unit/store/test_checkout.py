@@ -12,8 +12,8 @@ from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Silent
 from llmos_cli.store.checkout import CheckoutPlan, execute_checkout, plan_checkout
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_manifest
-from llmos_cli.store.refs import read_ref
+from llmos_cli.store.packs.objects import read_manifest
+from llmos_cli.store.refs.refs import read_ref
 
 
 def manifest(store: Store, name: str = "x") -> Manifest:

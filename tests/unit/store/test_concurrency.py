@@ -24,13 +24,15 @@ from llmos_cli.formats import limits
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Silent
-from llmos_cli.store import index, leases, point, transaction
-from llmos_cli.store.gc import execute_gc, plan_gc
+from llmos_cli.store import leases, transaction
+from llmos_cli.store.gc.gc import execute_gc, plan_gc
 from llmos_cli.store.leases import STALE_SECONDS
 from llmos_cli.store.local import Store, open_store
-from llmos_cli.store.objects import open_file, read_file, read_manifest
-from llmos_cli.store.packs import list_packs
-from llmos_cli.store.refs import delete_ref, read_ref, ref_history
+from llmos_cli.store.packs import index
+from llmos_cli.store.packs.objects import open_file, read_file, read_manifest
+from llmos_cli.store.packs.packs import list_packs
+from llmos_cli.store.refs import point
+from llmos_cli.store.refs.refs import delete_ref, read_ref, ref_history
 from llmos_cli.store.transaction import begin
 
 REF = RefName("x")

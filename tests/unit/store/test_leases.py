@@ -15,7 +15,7 @@ import pytest
 from llmos_cli.errors import AccessDenied, Busy, Damaged
 from llmos_cli.formats.ids import object_id
 from llmos_cli.store import leases
-from llmos_cli.store.identity import is_alive, this_process
+from llmos_cli.store.disk.identity import is_alive, this_process
 from llmos_cli.store.leases import STALE_SECONDS, hold, hold_alone, live_leases
 from llmos_cli.store.local import Store
 

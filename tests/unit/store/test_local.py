@@ -8,9 +8,9 @@ import pytest
 from llmos_cli.config import Config, GcConfig
 from llmos_cli.errors import AccessDenied, Damaged, LlmosError, NotFound, UnknownVersion, UsageError
 from llmos_cli.progress import Silent
-from llmos_cli.store import durable
+from llmos_cli.store.disk import durable
 from llmos_cli.store.local import find_store, init_store, open_store, save_config
-from llmos_cli.store.refs import list_refs
+from llmos_cli.store.refs.refs import list_refs
 
 
 def test_making_a_store_twice_changes_nothing(tmp_path: Path) -> None:

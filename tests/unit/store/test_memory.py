@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmos_cli.store.pipeline import cores
+from llmos_cli.store.packs.pipeline import cores
 
 pytestmark = pytest.mark.slow
 

@@ -20,12 +20,12 @@ from llmos_cli.formats.codec import CODEC_NAMES
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.progress import Silent
-from llmos_cli.store import adopt
-from llmos_cli.store.add import execute_add, plan_add
-from llmos_cli.store.fsck import FsckReport, check
+from llmos_cli.store.fsck.fsck import FsckReport, check
+from llmos_cli.store.intake import adopt
+from llmos_cli.store.intake.add import execute_add, plan_add
 from llmos_cli.store.local import Store, open_store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.refs import read_ref
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.refs.refs import read_ref
 
 PER_FILE: Final = 30  # bytes of one file that are tried
 CACHES: Final = ("index.db",)

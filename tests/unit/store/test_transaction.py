@@ -14,14 +14,16 @@ from llmos_cli.formats import limits
 from llmos_cli.formats.ids import object_id
 from llmos_cli.formats.manifest import FileEntry, Manifest
 from llmos_cli.formats.names import RefName
-from llmos_cli.store import durable, ingest, packs
+from llmos_cli.store.disk import durable
+from llmos_cli.store.inspect.tensors import tensor_table
+from llmos_cli.store.intake import ingest
 from llmos_cli.store.leases import live_leases
 from llmos_cli.store.local import Store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.packs import list_packs
-from llmos_cli.store.point import point
-from llmos_cli.store.refs import delete_ref, read_ref
-from llmos_cli.store.tensors import tensor_table
+from llmos_cli.store.packs import packs
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.packs.packs import list_packs
+from llmos_cli.store.refs.point import point
+from llmos_cli.store.refs.refs import delete_ref, read_ref
 from llmos_cli.store.transaction import Tensor, begin
 
 REF = RefName("x")

@@ -19,8 +19,8 @@ from llmos_cli.formats.names import parse_ref
 from llmos_cli.models.load import load_model
 from llmos_cli.progress import Silent
 from llmos_cli.store.local import Store, init_store, open_store
-from llmos_cli.store.objects import read_file, read_manifest
-from llmos_cli.store.refs import read_ref, ref_history
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.refs.refs import read_ref, ref_history
 from llmos_cli.store.transaction import begin
 from llmos_cli.train.config import Options
 from llmos_cli.train.loop import Diverged
