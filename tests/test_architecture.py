@@ -146,7 +146,7 @@ OWNERS = {
     "blake3": ("formats/ids.py", "ids must come from one place"),
     "xxhash": ("formats/ids.py", "checksums must come from one place"),
     "zstandard": ("formats/codec.py", "one codec decides parameters and limits"),
-    "numba": ("formats/kernels.py", "it costs half a second to import, and numpy must be able to stand in"),
+    "numba": ("formats/loops.py", "it costs half a second to import, and numpy must be able to stand in"),
     "llvmlite": ("formats/kernels.py", "native code enters the process through one door"),
     "rich": ("ui/", "one place draws, so that everything else works without a terminal"),
     "typer": (("app.py", "commands/", "ui/session.py"), "below the commands nobody knows how llmos is called"),

@@ -6,7 +6,7 @@ byte (the same trick as ZipNN, arXiv:2411.05239, and DFloat11, arXiv:2504.11651)
 zstd frame that is little more than a Huffman coder: no preset level is as small or as fast on exponents. Small integers
 in wide words have their sign in several planes; such a plane is stored as what it is beyond the one before.
 
-`delta` is planes of the differences to a base chunk (delta.py makes them). Where its words are grouped, a zstd block
+`delta` is planes of the differences to a base chunk (delta.py). Where its words are grouped, a zstd block
 ends with every group, so that each has a Huffman table of its own.
 
 `adopted` is no coding: such a frame says where in a file that the store has adopted the bytes lie (adopted.py).
@@ -108,7 +108,7 @@ def encode_delta(plain: memoryview, base: Buffer, words: Words, room: memoryview
 
     The base may be shorter or longer. Parts and `room` are as for `encode`.
     """
-    from llmos_cli.formats.delta import subtract
+    from llmos_cli.formats.native import subtract
 
     width = words.width or 1
     whole = len(plain) // width * width
@@ -131,12 +131,12 @@ def decode(
     elif codec == ZSTD:
         out[:] = _decompress(payload, len(out))
     elif codec == PLANES:
-        from llmos_cli.formats.planes import merge
+        from llmos_cli.formats.native import merge
 
         planes, whole = _unpacked(width, rotated, payload, out)
         merge(planes, rotated, whole)
     elif codec == DELTA:
-        from llmos_cli.formats.delta import add
+        from llmos_cli.formats.native import add
 
         if base is None:
             raise ValueError("a delta cannot be read without its base")
@@ -164,7 +164,7 @@ def _planes_beat_zstd(plain: memoryview, words: Words) -> bool:
 
 
 def _planes(plain: memoryview, words: Words, room: memoryview | None = None) -> Encoded:
-    from llmos_cli.formats.planes import split  # numpy costs more than all of `llmos ls`
+    from llmos_cli.formats.native import split
 
     whole = len(plain) // words.width * words.width
     rotated = words.is_float and words.width > 1
@@ -189,7 +189,7 @@ def _packed(
 
 def _pack_step(before: memoryview, plane: memoryview, packed: bytes | None) -> bytes | None:
     """What a plane is beyond the one before it, or None unless that is smaller than the plane itself."""
-    from llmos_cli.formats.planes import step
+    from llmos_cli.formats.native import step
 
     size = min(len(plane), 4 * _SAMPLE_BYTES)
     least = _contexts.huffman.compress(plane[:size]) if packed else plane[:size]
@@ -235,9 +235,9 @@ def _pays(packer: zstandard.ZstdCompressor, data: memoryview) -> bool:
 
 def _unpacked(width: int, rotated: bool, payload: memoryview, out: memoryview) -> tuple[Sequence[Buffer], memoryview]:
     """The planes of a payload, one byte of every whole word of `out`, and these words; the tail is put in its place."""
-    from llmos_cli.formats.planes import WORD_TYPES, step
+    from llmos_cli.formats.native import WIDTHS, step
 
-    if width not in WORD_TYPES or (rotated and width == 1):
+    if width not in WIDTHS or (rotated and width == 1):
         raise Damaged(f"planes of width {width} are unknown")
     count = len(out) // width
     tail = len(out) - count * width

@@ -5,7 +5,6 @@ brings the exponent of a float into a byte of its own and the sign to the end. W
 machine's own, which is little-endian wherever torch runs.
 """
 
-import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -13,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llmos_cli.formats.ids import Buffer
+from llmos_cli.formats.kernels import scratch_bytes
 
 WORD_TYPES: Final[dict[int, type[np.unsignedinteger]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 Array = npt.NDArray[np.unsignedinteger]
-
-_scratch = threading.local()
 
 
 def split(plain: memoryview, width: int, rotated: bool, room: memoryview) -> list[memoryview]:
@@ -72,10 +70,5 @@ def step(before: Buffer, plane: Buffer) -> memoryview:
 
 
 def scratch(name: str, dtype: np.dtype[Any], count: int) -> Array:
-    """Memory of this thread, kept from call to call: fresh pages cost as much as the shifts."""
-    kept: bytearray | None = getattr(_scratch, name, None)
-    size = count * dtype.itemsize
-    if kept is None or len(kept) < size:
-        kept = bytearray(size)
-        setattr(_scratch, name, kept)
-    return np.frombuffer(kept, dtype, count)
+    """Words of scratch memory."""
+    return np.frombuffer(scratch_bytes(name, count * dtype.itemsize), dtype, count)

@@ -22,7 +22,7 @@ import zstandard
 from torch import nn
 from torch.nn import functional
 
-from llmos_cli.formats import codec, delta, limits
+from llmos_cli.formats import codec, limits, native
 from llmos_cli.formats.codec import DELTA, Words
 from tests.bench.measure import print_machine
 
@@ -156,14 +156,14 @@ def speeds(pairs: list[Chunk], width: int) -> dict[str, float]:
         )
         assert (encoded.codec == DELTA) == (given is not None)
         assert out == plain
-    views, _ = delta.subtract(plain, base, width, True, room)
-    found["grouping alone: there"] = best(lambda: delta.subtract(plain, base, width, True, room), size)
+    views, _ = native.subtract(plain, base, width, True, room)
+    found["grouping alone: there"] = best(lambda: native.subtract(plain, base, width, True, room), size)
     views = [memoryview(bytes(view)) for view in views]
-    found["grouping alone: back"] = best(lambda: delta.add(views, base, True, out), size)
-    kernels, delta._ready._kernels[width] = delta._ready._kernels[width], None
-    found["grouping in numpy: there"] = best(lambda: delta.subtract(plain, base, width, True, room), size, 3)
-    found["grouping in numpy: back"] = best(lambda: delta.add(views, base, True, out), size, 3)
-    delta._ready._kernels[width] = kernels
+    found["grouping alone: back"] = best(lambda: native.add(views, base, True, out), size)
+    kernels, native._ready._kernels[width] = native._ready._kernels[width], None
+    found["grouping in numpy: there"] = best(lambda: native.subtract(plain, base, width, True, room), size, 3)
+    found["grouping in numpy: back"] = best(lambda: native.add(views, base, True, out), size, 3)
+    native._ready._kernels[width] = kernels
     found["memory copy"] = best(lambda: out.__setitem__(slice(None), plain), size)
     return found
 
@@ -177,8 +177,8 @@ def table(title: str, columns: dict[str, dict[str, float]], digits: int) -> None
 def load_seconds() -> str:
     script = """
 import time, numpy
-from llmos_cli.formats import codec, delta
-started = time.process_time(); delta.find_kernels(2); loaded = time.process_time()
+from llmos_cli.formats import codec, native
+started = time.process_time(); native.find_kernels(2); loaded = time.process_time()
 import numba; print(f"{loaded - started:.2f} s; of importing numba: {time.process_time() - loaded:.2f} s")
 """
     return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
@@ -190,7 +190,8 @@ def main() -> None:
     options = parser.parse_args()
     print_machine()
     for width in (2, 4):
-        delta._ready._kernels[width] = delta.find_kernels(width)
+        native._ready._kernels[width] = native.find_kernels(width)
+        native._ready._final.add(width)
     states = list(train(options.steps))
     apart = [f"{after - before} steps" for before, after in itertools.pairwise(MARKS)]
     measured: dict[str, dict[str, float]] = {}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos_cli.errors import Damaged
-from llmos_cli.formats import codec, delta, kernels
+from llmos_cli.formats import codec, kernels, native
 from llmos_cli.formats.codec import DELTA, Words
 from llmos_cli.formats.frame import CHUNK, Frame, check_id, check_payload, decode_payload, new_frame
 from llmos_cli.formats.ids import object_id
@@ -20,7 +20,7 @@ from llmos_cli.formats.ids import object_id
 HINTS = [Words(width, is_float) for width in (1, 2, 4, 8) for is_float in (False, True)]
 GROUPED = (2, 4, 8)
 LANES = kernels.LANES * kernels.BLOCK
-compile_once = functools.cache(delta.find_kernels)
+compile_once = functools.cache(native.find_kernels)
 
 
 @contextlib.contextmanager
@@ -28,11 +28,12 @@ def grouping(compiled: bool) -> Iterator[None]:
     """Chunks of any size are grouped by compiled kernels, or none."""
     wanted = {width: compile_once(width) if compiled else None for width in GROUPED}
     assert not compiled or all(wanted.values()), "kernels can be compiled wherever the tests run"
-    before, delta._ready._kernels = delta._ready._kernels, wanted
+    before, native._ready = native._ready, native._Ready()
+    native._ready._kernels, native._ready._final = dict(wanted), set(wanted)
     try:
         yield
     finally:
-        delta._ready._kernels = before
+        native._ready = before
 
 
 def related(seed: int, size: int, base_size: int, changes: int) -> tuple[bytes, bytes]:
@@ -100,7 +101,7 @@ def test_the_planes_are_those_of_the_contract(pair: tuple[bytes, bytes], words: 
     whole = len(plain) // words.width * words.width
     grouped = words.is_float and words.width > 1
     with grouping(compiled):
-        views, ends = delta.subtract(
+        views, ends = native.subtract(
             memoryview(plain)[:whole], base, words.width, grouped, memoryview(bytearray(len(plain)))
         )
     assert [bytes(view) for view in views] == by_the_page(plain, base, words.width, grouped)
@@ -120,12 +121,16 @@ def test_kernels_group_as_numpy_does(width: int, seed: int, count: int, spread: 
     for compiled in (False, True):
         room, out = memoryview(bytearray(width * count)), bytearray(width * count)
         with grouping(compiled):
-            views, ends = delta.subtract(memoryview(plain), base, width, True, room)
-            delta.add(views, base, True, memoryview(out))
-        found.append(([bytes(view) for view in views], ends))
-        back.append(bytes(out))
+            views, ends = native.subtract(memoryview(plain), base, width, True, room)
+            native.add(views, base, True, memoryview(out))
+            grouped = [bytes(view) for view in views]
+            planes = native.split(memoryview(plain), width, True, room)
+            again = bytearray(len(plain))
+            native.merge(planes, True, memoryview(again))
+        found.append((grouped, ends, [bytes(view) for view in planes]))
+        back += [bytes(out), bytes(again)]
     assert found[0] == found[1]
-    assert back == [plain, plain]
+    assert back == [plain] * 4
 
 
 def frame_of(words: Words) -> tuple[Frame, bytes, bytes, bytes]:

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import llmos_cli
-from llmos_cli.formats import codec, delta, kernels
+from llmos_cli.formats import codec, kernels, native
 from llmos_cli.formats.codec import DELTA, Words
 from llmos_cli.formats.limits import KiB, MiB
 
@@ -32,9 +33,11 @@ def encoded(plain: bytes, base: bytes, words: Words) -> tuple[codec.Encoded, byt
 
 @pytest.fixture(params=[False, True], ids=["numpy", "compiled"])
 def grouping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {width: delta.find_kernels(width) if request.param else None for width in (2, 4)}
+    made = {width: native.find_kernels(width) if request.param else None for width in (2, 4)}
     assert not request.param or all(made.values())
-    monkeypatch.setattr(delta._ready, "_kernels", made)
+    ready = native._Ready()
+    ready._kernels, ready._final = made, set(made)
+    monkeypatch.setattr(native, "_ready", ready)
 
 
 @pytest.mark.parametrize(
@@ -102,24 +105,23 @@ def test_a_delta_without_its_base_and_planes_of_another_size_are_refused() -> No
         codec.decode(DELTA, 2, True, memoryview(bytes(16)), memoryview(bytearray(0)))
     for sizes in ((4, 3), (4, 5), (3, 3)):
         with pytest.raises(ValueError, match="every word"):
-            delta.add([bytes(size) for size in sizes], bytes(8), True, memoryview(bytearray(8)))
+            native.add([bytes(size) for size in sizes], bytes(8), True, memoryview(bytearray(8)))
 
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = delta.find_kernels(2)
-    assert right is not None
-    idle = kernels.Kernels(right.count, lambda *_: None, right.gather)
-    for make in ("load_kernels", "compile_kernels"):
-        monkeypatch.setattr(delta, make, lambda _: idle)
-    assert delta.find_kernels(2) is None
+    assert native.find_kernels(2), "they are kept from here on"
+    linked = kernels._linked
+    for name, idle in [("subtract", lambda *_: [0] * 256), ("add", lambda *_: None), ("merge", lambda *_: None)]:
+        monkeypatch.setattr(kernels, "_linked", lambda *what, wrong={name: idle}: replace(linked(*what), **wrong))
+        assert native.find_kernels(2) is None
 
 
 def test_without_numba_numpy_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("numba", "llvmlite", "llvmlite.binding"):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(delta, "_COMPILE_FROM", 0)
-    ready = delta._Ready()
-    monkeypatch.setattr(delta, "_ready", ready)
+    monkeypatch.setattr(native, "_COMPILE_FROM", 0)
+    ready = native._Ready()
+    monkeypatch.setattr(native, "_ready", ready)
     plain, base = RANDOM_BYTES[:9999], RANDOM_BYTES[5:9999]
     _, payload = encoded(plain, base, Words(2, True))
     out = bytearray(len(plain))
@@ -142,37 +144,44 @@ def run(script: str, folder: Path | None = None, **environment: str) -> list[str
     return done.stdout.split()
 
 
-def test_kernels_are_loaded_for_many_deltas_and_numba_only_to_make_them(tmp_path: Path) -> None:
-    assert delta.find_kernels(2), "they are kept from here on"
+def test_code_that_is_kept_is_used_at_once_without_numpy_or_numba(tmp_path: Path) -> None:
+    assert native.find_kernels(2), "they are kept from here on"
     script = """
         import sys
-        from llmos_cli.formats import codec, delta
+        from llmos_cli.formats import codec, native
         plain, out = memoryview(bytes(range(256)) * 512), memoryview(bytearray(1 << 17))
-        def loaded():
-            print(delta._ready._kernels.get(2) is not None, "llvmlite" in sys.modules, "numba" in sys.modules)
-        for words in (codec.OPAQUE, codec.Words(1), codec.Words(2, True), codec.Words(8)):
-            one = codec.encode(plain, words)
-            codec.decode(one.codec, one.width, one.rotated, memoryview(b"".join(one.parts)), out)
-        codec.encode_delta(plain, b"base", codec.Words(2, True))
-        loaded()
-        delta._LOAD_FROM = 2 * len(plain)
-        codec.encode_delta(plain, b"base", codec.Words(4))
-        loaded()
-        codec.encode_delta(plain, b"base", codec.Words(2, True))
-        loaded()
+        def known():
+            print(native._ready._kernels.get(2) is not None, *(name in sys.modules for name in ("numpy", "numba")))
+        def trip(words, base=None):
+            one = codec.encode(plain, words) if base is None else codec.encode_delta(plain, base, words)
+            codec.decode(one.codec, one.width, one.rotated, memoryview(b"".join(one.parts)), out, base)
+            assert out == plain
+        trip(codec.OPAQUE), trip(codec.Words(1)), known()
+        trip(codec.Words(2, True)), trip(codec.Words(2, True), memoryview(b"base")), known()
+        native.find_kernels = None
+        trip(codec.Words(2, True)), trip(codec.Words(8)), known()
     """
-    assert run(script, tmp_path) == ["False", "False", "False", "False", "False", "False", "True", "True", "False"]
+    assert run(script, tmp_path) == ["False", "False", "False", "True", "False", "False", "True", "True", "False"]
+
+
+def test_nothing_is_compiled_before_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(native, "find_kernels", lambda _, *, compiling: asked.append(compiling))
+    ready = native._Ready()
+    for cost in (1, native._COMPILE_FROM / 2, native._COMPILE_FROM / 2, native._COMPILE_FROM):
+        assert ready.get(2, cost) is None
+    assert asked == [False, True]
 
 
 COMPILE = """
     import pathlib
-    from llmos_cli.formats import delta
-    print(delta.__file__, delta.find_kernels(4) is not None)
-    kept = list(pathlib.Path(delta.__file__).parent.glob("__pycache__/*.kernels"))
+    from llmos_cli.formats import native
+    print(native.__file__, native.find_kernels(4) is not None)
+    kept = list(pathlib.Path(native.__file__).parent.glob("__pycache__/*.kernels"))
     for path in kept:
         path.write_bytes(path.read_bytes()[:-1] + b"!")
-    print(len(kept), delta.find_kernels(4, compiling=False) is not None, delta.find_kernels(4) is not None)
-    print(delta.find_kernels(4, compiling=False) is not None)
+    print(len(kept), native.find_kernels(4, compiling=False) is not None, native.find_kernels(4) is not None)
+    print(native.find_kernels(4, compiling=False) is not None)
 """
 
 
@@ -185,5 +194,5 @@ def test_code_that_cannot_be_kept_or_read_back_costs_only_time(tmp_path: Path, w
         (copy / "formats" / "__pycache__").write_bytes(b"in the way of a folder")
     nowhere = str(tmp_path / "llmos_cli" / "py.typed" / "nowhere")
     found = run(COMPILE, tmp_path, HOME=nowhere, XDG_CACHE_HOME=nowhere)
-    file = str(copy / "formats" / "delta.py")
+    file = str(copy / "formats" / "native.py")
     assert found == [file, "True", *(("1", "False", "True", "True") if writable else ("0", "False", "True", "False"))]
