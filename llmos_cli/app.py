@@ -227,9 +227,15 @@ def _sections(doc: str) -> str:
 
 def _wanted(argv: Sequence[str]) -> Sequence[str]:
     """The verbs that this command line can need: all of them only where one is looked for."""
-    if argv[0] in ("--help", "-h", "--version"):
-        return ()
-    return (argv[0],) if argv[0] in VERBS and argv[0] != "completion" else VERBS
+    words = iter(argv)
+    for word in words:
+        if word in ("--help", "-h", "--version"):
+            return ()
+        if word == "--store":
+            next(words, None)
+        elif not word.startswith("-"):
+            return (word,) if word in VERBS and word != "completion" else VERBS
+    return VERBS
 
 
 def _merged(current: Session, *, store: Path | None, json: bool, quiet: bool, verbose: bool) -> Session:

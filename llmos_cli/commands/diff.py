@@ -24,7 +24,7 @@ from llmos_cli.ui.session import session
 from llmos_cli.ui.text import shorten
 
 if TYPE_CHECKING:
-    from llmos_cli.remote.exchange.view import Found
+    from llmos_cli.remote.exchange.anywhere import Found
     from llmos_cli.store.inspect.census import Tensor
     from llmos_cli.store.inspect.changes import Changes
     from llmos_cli.store.inspect.diff import Comparison
@@ -55,7 +55,7 @@ def diff(
       llmos diff tiny nas/tiny
       llmos diff base tuned --json | jq '.summary.distance.relative'
     """
-    from llmos_cli.remote.exchange.view import resolve_anywhere
+    from llmos_cli.remote.exchange.anywhere import resolve_anywhere
     from llmos_cli.store.inspect.diff import compare
 
     here = session(ctx)

@@ -34,8 +34,8 @@ def log(
       llmos log @3f2a9c01
       llmos log nas/tiny
     """
-    from llmos_cli.remote.exchange.view import history as moves_of
-    from llmos_cli.remote.exchange.view import resolve_anywhere, signers_of
+    from llmos_cli.remote.exchange.anywhere import history as moves_of
+    from llmos_cli.remote.exchange.anywhere import resolve_anywhere, signers_of
     from llmos_cli.store.refs.lineage import trace
 
     here = session(ctx)

@@ -37,8 +37,6 @@ def ls(
     """
     from fnmatch import fnmatchcase
 
-    from llmos_cli.remote.exchange.refs import list_remote_refs
-    from llmos_cli.remote.exchange.view import look_at, split_remote
     from llmos_cli.store.inspect.summaries import summaries
     from llmos_cli.store.refs.refs import read_ref, ref_names
 
@@ -46,17 +44,23 @@ def ls(
     listed, rows, damaged = [], [], []
     with here.open_store() as store:
         names = ref_names(store)
-        parts = split_remote(pattern) if pattern else None
-        if pattern and pattern in store.config.remotes and not any(ref.name == pattern for ref in names):
-            parts = pattern, ""
-        view = look_at(store, parts[0], here.cwd) if parts else None
-        wanted = parts[1] if parts else pattern
+        view, wanted = None, pattern
+        if pattern:
+            from llmos_cli.remote.exchange.anywhere import split_remote
+            from llmos_cli.remote.exchange.view import look_at
+
+            parts = split_remote(pattern)
+            if pattern in store.config.remotes and not any(ref.name == pattern for ref in names):
+                parts = pattern, ""
+            view, wanted = (look_at(store, parts[0], here.cwd), parts[1]) if parts else (None, pattern)
 
         def matches(ref: "RefName") -> bool:
             return not wanted or fnmatchcase(str(ref), wanted) or fnmatchcase(ref.name, wanted)
 
         entries: dict[str, RefEntry | None] = {}  # None: damaged
         if view:
+            from llmos_cli.remote.exchange.refs import list_remote_refs
+
             there = list_remote_refs(view.remote.transport, store.progress, matches)
             entries = {str(ref): seen.entry for ref, seen in there.items()}
         for ref in () if view else names:

@@ -49,7 +49,7 @@ def show(
       llmos show @3f2a9c01 --json
       llmos show nas/tiny:v1 --tensors
     """
-    from llmos_cli.remote.exchange.view import resolve_anywhere, signers_of, split_remote
+    from llmos_cli.remote.exchange.anywhere import resolve_anywhere, signers_of, split_remote
     from llmos_cli.store.inspect.census import footprints, take_census
     from llmos_cli.store.inspect.digests import sha256_files
     from llmos_cli.store.packs.objects import read_manifest

@@ -5,7 +5,7 @@ form that reads back (Python's repr). Decoding is strict: what does not encode b
 """
 
 import json
-from typing import Any
+from typing import Any, Final
 
 from llmos_cli.errors import Damaged
 from llmos_cli.formats import limits
@@ -13,10 +13,26 @@ from llmos_cli.formats import limits
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key stands twice")
+    return table
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Made once: there are thousands of small values to read, and making these takes as long as reading one.
+_ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
+
+
 def encode(value: Json) -> bytes:
     """The one byte string of `value`; raises ValueError for a value that JSON cannot hold exactly."""
     _check(value, 0)
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
+    return _ENCODER.encode(value).encode("utf-8")
 
 
 def decode(data: bytes, what: str) -> Json:
@@ -44,17 +60,8 @@ def loads(data: bytes, what: str) -> Json:
     if data.count(b"[") + data.count(b"{") + data.count(b",") > limits.JSON_VALUES:
         raise Damaged(f"{what} has more than {limits.JSON_VALUES} JSON values")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            raise ValueError("a key stands twice")
-        return table
-
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        value: Json = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        value: Json = _DECODER.decode(data.decode("utf-8"))
     except (ValueError, RecursionError) as exc:
         raise Damaged(f"{what} is not valid JSON: {str(exc)[:200] or 'nested too deeply'}") from exc
     return value

@@ -26,6 +26,8 @@ from llmos_cli.store.handle import Store
 
 RENEW_SECONDS: Final = 300.0
 STALE_SECONDS: Final = 1800.0
+_LOOKS: Final = 40
+_LOOK_SECONDS: Final = 0.005
 _TRIES: Final = 4
 _CLOCK_SECONDS: Final = 300.0  # how far the clocks of hosts and file systems may differ
 _FIELDS: Final = {"boot", "host", "objects", "pid", "purpose", "since", "started", "writes"}
@@ -57,18 +59,29 @@ def hold(store: Store, purpose: str, objects: Sequence[ObjectId], *, writes: boo
 def hold_alone(store: Store, name: str, purpose: str, objects: Sequence[ObjectId] = ()) -> Iterator[None]:
     """Like `hold`, but only one process may hold `name`: raises Busy naming the holder.
 
-    Each raises its own flag and then looks for others: of two at once at least one sees the other and steps back. A
-    file that all fight for would not do, for whoever clears away a dead holder's may hit that of a new one.
+    Each raises its own flag and then looks for others: of two at once at least one sees the other and steps back, and
+    the one whose flag comes first keeps it up meanwhile, so that of many at once one gets in. A file that all fight for
+    would not do, for whoever clears away a dead holder's may hit that of a new one.
     """
     prefix = f"only-{name}-"
+    path = store.leases / f"{prefix}{uuid4().hex}.json"
+
+    def rivals() -> list[Lease]:
+        return [item for item in live_leases(store) if item.path.name.startswith(prefix) and item.path != path]
+
     for attempt in range(_TRIES):
-        path = store.leases / f"{prefix}{uuid4().hex}.json"
-        _write(path, purpose, objects, False)
-        with _renewed(path):
-            others = [item for item in live_leases(store) if item.path.name.startswith(prefix) and item.path != path]
-            if not others:
-                yield
-                return
+        others = rivals()
+        if not others:
+            _write(path, purpose, objects, False)
+            with _renewed(path):
+                for _ in range(_LOOKS):
+                    others = rivals()
+                    if not others:
+                        yield
+                        return
+                    if others[0].path < path:
+                        break
+                    time.sleep(_LOOK_SECONDS)
         time.sleep(random.uniform(0, 0.02 * attempt))
     holder = others[0].process
     raise Busy(
@@ -98,6 +111,12 @@ def live_leases(store: Store) -> list[Lease]:
         else:
             durable.remove(path)
     return live
+
+
+def parse_lease(data: bytes, where: str) -> tuple[tuple[ObjectId, ...], bool]:
+    """What a lease says, wherever it was read: its objects, and whether its holder writes. Raises Damaged."""
+    lease = _parse(Path(where), data)
+    return lease.objects, lease.writes
 
 
 def _lease_files(store: Store) -> list[Path]:
@@ -134,8 +153,12 @@ def _write(path: Path, purpose: str, objects: Sequence[ObjectId], writes: bool) 
 
 
 def _read(path: Path) -> Lease:
+    return _parse(path, path.read_bytes())
+
+
+def _parse(path: Path, data: bytes) -> Lease:
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(data)
         if set(fields) != _FIELDS:
             raise ValueError("it does not have the fields of a lease")
         process = ProcessIdentity(str(fields["host"]), str(fields["boot"]), int(fields["pid"]), str(fields["started"]))

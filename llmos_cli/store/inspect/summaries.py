@@ -9,7 +9,6 @@ from llmos_cli.errors import Damaged
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.store.handle import Store
 from llmos_cli.store.packs.objects import read_manifest
-from llmos_cli.store.packs.packs import find_holder
 
 _FACT: Final = "summary"
 
@@ -25,16 +24,13 @@ class Summary:
 def summaries(store: Store, manifests: Iterable[ObjectId]) -> dict[ObjectId, Summary]:
     """What there is to say of each; those that are missing or damaged are left out."""
     ids = list(dict.fromkeys(manifests))
-    known = store.index.facts(_FACT, ids)
+    known, packs = store.index.facts(_FACT, ids), store.index.packs_of(ids)
+    there = {pack for pack in {pack for held in packs.values() for pack in held} if store.pack_path(pack).exists()}
     found: dict[ObjectId, Summary] = {}
     fresh: dict[bytes, bytes] = {}
-    packs: set[ObjectId] = set()
     for oid in ids:
         noted = _parse(known.get(oid, b""))
-        holder = find_holder(store, oid, packs) if noted else None
-        if holder:
-            packs.add(holder)
-        if noted and (holder or any(place.entries(oid) for place in store.elsewhere)):
+        if noted and (not there.isdisjoint(packs[oid]) or any(place.entries(oid) for place in store.elsewhere)):
             found[oid] = noted
             continue
         try:

@@ -22,7 +22,7 @@ from llmos_cli.formats.names import RefName
 from llmos_cli.formats.pack import HEADER_SIZE, TRAILER_SIZE
 from llmos_cli.store.handle import Store
 from llmos_cli.store.packs.adopted import list_adopted
-from llmos_cli.store.packs.index import Ledger
+from llmos_cli.store.packs.ledger import Ledger
 from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.packs.packs import list_packs, sync_index, total_size
 from llmos_cli.store.refs.refs import RefEntry, read_ref, ref_names

@@ -24,6 +24,7 @@ from llmos_cli.formats.ids import ID_BYTES, ObjectId
 from llmos_cli.formats.pack import ALIGNMENT, ENTRY_SIZE, Entry
 from llmos_cli.store.disk import durable
 from llmos_cli.store.disk.forks import ForkLock
+from llmos_cli.store.packs.ledger import Ledger
 
 SCHEMA_VERSION: Final = 2
 _SCHEMA = """
@@ -100,20 +101,6 @@ def _healing(method: "Callable[Concatenate[Index, P], T]") -> "Callable[Concaten
                 ) from exc
 
     return call
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What the objects of a store take, in columns, since there are millions: ids of 32 bytes each in ascending order,
-    plain and stored bytes, and whether the copy that is read first is a delta; then every pair of a delta and its base,
-    by the delta's id."""
-
-    ids: bytearray
-    plain: "array[int]"
-    stored: "array[int]"
-    is_delta: bytearray
-    deltas: bytearray
-    bases: bytearray
 
 
 @dataclass(frozen=True)
@@ -214,6 +201,13 @@ class Index:
         query = f"SELECT p.name, {_ROW} FROM objects o JOIN packs p ON p.number = o.pack WHERE o.id = ? ORDER BY o.pack"
         with self._cursor() as cursor:
             return [Location(_id(row[0]), _entry(row[1:])) for row in cursor.execute(query, (oid,))]
+
+    @_healing
+    def packs_of(self, objects: Iterable[ObjectId]) -> dict[ObjectId, list[ObjectId]]:
+        """The packs in which each of many objects lies, oldest first."""
+        query = "SELECT p.name FROM objects o JOIN packs p ON p.number = o.pack WHERE o.id = ? ORDER BY o.pack"
+        with self._cursor() as cursor:
+            return {oid: [_id(name) for (name,) in cursor.execute(query, (oid,))] for oid in objects}
 
     @_healing
     def has(self, oid: ObjectId) -> bool:

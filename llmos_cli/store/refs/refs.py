@@ -171,7 +171,7 @@ def read_removed(folder: Path, ref: RefName) -> RefEntry | None:
 
 def _read_from(store: Store, ref: RefName, sequences: list[int]) -> RefEntry | None:
     problem: Damaged | None = None
-    folder = _folder(store, ref)
+    folder = _at(store, ref)
     for sequence in reversed(sequences):
         try:
             entry = _read_move(folder, ref, sequence)
@@ -214,7 +214,7 @@ def _follows(store: Store, entry: RefEntry) -> bool:
     return not later or (after is not None and (after.sequence, after.previous) == (entry.sequence + 1, entry.id))
 
 
-def _read_move(folder: Path, ref: RefName, sequence: int) -> RefEntry | None:
+def _read_move(folder: Path | str, ref: RefName, sequence: int) -> RefEntry | None:
     path = f"{folder}/{entry_name(sequence)}"
     try:
         return decode_entry(_read(path), ref, sequence)
@@ -237,10 +237,10 @@ def _read(path: str) -> bytes:
 
 
 def _sequences(store: Store, ref: RefName) -> list[int]:
-    return _numbers(_folder(store, ref))
+    return _numbers(_at(store, ref))
 
 
-def _numbers(path: Path) -> list[int]:
+def _numbers(path: Path | str) -> list[int]:
     try:
         numbers = [parse_entry_name(name) for name in os.listdir(path)]
     except (FileNotFoundError, NotADirectoryError):
@@ -275,7 +275,11 @@ def _texts(folder: Path) -> Iterator[bytes]:
 
 
 def _folder(store: Store, ref: RefName) -> Path:
-    return Path(f"{store.refs}/{ref.name}/{ref.tag}")  # one step instead of three: there are thousands
+    return Path(_at(store, ref))
+
+
+def _at(store: Store, ref: RefName) -> str:
+    return f"{store.refs}/{ref.name}/{ref.tag}"  # there are thousands, and a Path takes as long as reading its file
 
 
 def _now() -> str:
