@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from uuid import uuid4
 
 from llmos_cli.errors import Busy, Damaged, LlmosError, from_os_error
 from llmos_cli.formats.ids import ObjectId, parse_id
@@ -49,7 +48,7 @@ class Lease:
 @contextlib.contextmanager
 def hold(store: Store, purpose: str, objects: Sequence[ObjectId], *, writes: bool = False) -> Iterator[Lease]:
     """Keep manifests alive while the block runs; renewed in the background."""
-    path = store.leases / f"{uuid4().hex}.json"
+    path = store.leases / f"{durable.fresh_name()}.json"
     lease = _write(path, purpose, objects, writes)
     with _renewed(path):
         yield lease
@@ -64,7 +63,7 @@ def hold_alone(store: Store, name: str, purpose: str, objects: Sequence[ObjectId
     would not do, for whoever clears away a dead holder's may hit that of a new one.
     """
     prefix = f"only-{name}-"
-    path = store.leases / f"{prefix}{uuid4().hex}.json"
+    path = store.leases / f"{prefix}{durable.fresh_name()}.json"
 
     def rivals() -> list[Lease]:
         return [item for item in live_leases(store) if item.path.name.startswith(prefix) and item.path != path]

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
-from uuid import uuid4
 
 from llmos_cli.errors import LlmosError, Unsafe, from_os_error
 from llmos_cli.formats import limits
@@ -32,9 +31,14 @@ _REAL_TROUBLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # n
 _making_folders = ForkLock()  # or a thread would take after a folder that another has not opened yet
 
 
+def fresh_name() -> str:
+    """32 hex digits that nobody else will choose. As `uuid` makes them, which takes milliseconds to import."""
+    return os.urandom(16).hex()
+
+
 def temp_path(folder: Path) -> Path:
     """A fresh name in `folder`, unique across processes and hosts."""
-    return folder / f"{TEMP_PREFIX}{uuid4().hex}"
+    return folder / f"{TEMP_PREFIX}{fresh_name()}"
 
 
 @contextlib.contextmanager
@@ -305,7 +309,7 @@ class Destination:
         """Hand out a descriptor for new bytes; when they are complete and durable, `path` changes to them."""
         with _reporting(f"writing {self.root / path}"):
             folder, name = self._open_parent(path, create=True)
-            temp = f"{TEMP_PREFIX}{uuid4().hex}"
+            temp = f"{TEMP_PREFIX}{fresh_name()}"
             fd = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644, dir_fd=folder)
             try:
                 try:

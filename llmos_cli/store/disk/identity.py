@@ -3,7 +3,6 @@
 import contextlib
 import getpass
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,16 +26,25 @@ def who_am_i() -> str:
         user = getpass.getuser()
     except (OSError, KeyError):
         user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
+    return f"{user}@{_host()}"
+
+
+def _host() -> str:
+    """The name of this machine; `socket`, which knows it everywhere, takes milliseconds to import."""
+    if hasattr(os, "uname"):
+        return os.uname().nodename
+    import socket
+
+    return socket.gethostname()
 
 
 def this_process() -> ProcessIdentity:
-    return ProcessIdentity(socket.gethostname(), _boot_id(), os.getpid(), _start_time(os.getpid()))
+    return ProcessIdentity(_host(), _boot_id(), os.getpid(), _start_time(os.getpid()))
 
 
 def is_alive(process: ProcessIdentity) -> bool | None:
     """Whether the process still runs; None if it belongs to another host or container and cannot be asked."""
-    if process.host != socket.gethostname():
+    if process.host != _host():
         return None
     ours = _boot_id()
     if process.boot != ours:

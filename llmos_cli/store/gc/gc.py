@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 from llmos_cli.errors import Damaged, NoSpace, NotFound
 from llmos_cli.formats.frame import check_payload, encode_header
@@ -237,7 +236,7 @@ def execute_gc(store: Store, plan: GcPlan, progress: Progress, *, now: float | N
         # the marking below sees, or begins only now, when the index no longer offers it what lies in the trash.
         writing = any(lease.writes for lease in live_leases(store))
         ready = () if writing else plan.unlink + (plan.trash + plan.rewrite if plan.grace_seconds == 0 else ())
-        folder = store.trash / f"{_ASIDE}{uuid4().hex}"
+        folder = store.trash / f"{_ASIDE}{durable.fresh_name()}"
         aside = [(pack, _set_aside(store, pack, folder)) for pack in ready]
         restored = _restore_needed(store, {pack.name for pack in ready})
         freed += sum(pack.freed for pack, path in aside if durable.remove(path))
