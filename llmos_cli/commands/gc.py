@@ -9,6 +9,7 @@ from llmos_cli.ui.session import Session, session
 from llmos_cli.ui.text import duration, plural, size, when
 
 if TYPE_CHECKING:
+    from llmos_cli.remote.gc.collect import RemoteGcPlan, RemoteGcResult
     from llmos_cli.store.gc.gc import GcPlan, GcResult, PackPlan
     from llmos_cli.store.gc.repack import RepackPlan, RepackResult
     from llmos_cli.store.gc.undelete import Removed
@@ -42,6 +43,10 @@ def gc(
         typer.Option("--why", metavar="OBJECT", help="Only say what keeps a REF, @ID or pack.", show_default=False),
     ] = None,
     undelete: Annotated[bool, typer.Option("--undelete", help="Bring back what is in the trash.")] = False,
+    remote: Annotated[
+        str | None,
+        typer.Option("--remote", metavar="REMOTE", help="Give back space there, not here.", show_default=False),
+    ] = None,
 ) -> None:
     """Remove what no ref, recent history or running command needs.
 
@@ -59,6 +64,7 @@ def gc(
       llmos gc --repack
       llmos gc --why @3f2a9c01
       llmos gc --undelete tiny:try1
+      llmos gc --remote nas --dry-run
     """
     here = session(ctx)
     if (why is not None) + undelete + repack > 1:
@@ -67,8 +73,12 @@ def gc(
         raise UsageError("gc takes refs only with --undelete", hint=f"llmos gc --undelete {refs[0]}")
     if grace is not None and (undelete or why is not None):
         raise UsageError("--grace is for what goes, not with --why or --undelete", hint="llmos gc --help")
+    if remote is not None and (why is not None or undelete or repack):
+        raise UsageError("--remote goes with --dry-run and --grace only", hint=f"llmos gc --remote {remote} --dry-run")
     with here.open_store() as store:
-        if why is not None:
+        if remote is not None:
+            _collect_there(here, store, remote, None if grace is None else grace * 3600, dry_run=dry_run)
+        elif why is not None:
             _explain(here, store, why)
         elif undelete:
             _undelete(here, store, refs or [], dry_run=dry_run)
@@ -153,6 +163,71 @@ def _details(plan: "GcPlan") -> list[str]:
 
 def _packs(packs: "tuple[PackPlan, ...]") -> list[dict[str, Any]]:
     return [{"pack": str(pack.name), "size": pack.size, "freed": pack.freed} for pack in packs]
+
+
+# --------------------------------------------------------------------------------------------------------------- remote
+
+
+def _collect_there(here: Session, store: "Store", name: str, grace: float | None, *, dry_run: bool) -> None:
+    from llmos_cli.remote.gc.collect import execute_remote_gc, plan_remote_gc
+    from llmos_cli.remote.open import find_remote
+
+    target = find_remote(store, name, here.cwd)
+    plan = plan_remote_gc(store, target, grace_seconds=grace)
+    done = None if dry_run else execute_remote_gc(store, target, plan, here.out.progress)
+    here.out.result(_found_there(target.label, plan, done))
+    would, freed = "would be " if dry_run else "", done.freed_bytes if done else plan.freed_bytes
+    trashed = done.trashed_bytes if done else plan.trashed_bytes
+    here.out.line(f"{size(freed)} {would}freed at {target.label}, {size(trashed)} {would}moved to its trash")
+    for text in _details_there(plan):
+        here.out.line(f"  {text}")
+    if done and done.restored > len(plan.back):
+        here.out.say(f"{plural(done.restored - len(plan.back), 'pack')} came back: somebody needs them again")
+    if plan.missing:
+        here.out.warn(
+            f"{plural(plan.missing, 'object')} that refs at {target.label} need are not there: "
+            f"push them anew, or see what is hurt: llmos pull {target.label} --all --dry-run"
+        )
+    if dry_run and (plan.trash or plan.back or plan.unlink):
+        here.out.hint(f"llmos gc --remote {target.label} does it")
+
+
+def _found_there(label: str, plan: "RemoteGcPlan", done: "RemoteGcResult | None") -> dict[str, Any]:
+    def listed(packs: Any) -> list[dict[str, Any]]:
+        return [{"key": item.key, "size": item.size} for item in packs]
+
+    return {
+        "remote": label,
+        "dry_run": done is None,
+        "grace_seconds": plan.grace_seconds,
+        "trash": listed(plan.trash),
+        "back": listed(plan.back),
+        "unlink": listed(plan.unlink),
+        "live_bytes": plan.live_bytes,
+        "kept_bytes": plan.kept_bytes,
+        "waiting_bytes": plan.waiting_bytes,
+        "trashed_bytes": done.trashed_bytes if done else plan.trashed_bytes,
+        "freed_bytes": done.freed_bytes if done else plan.freed_bytes,
+        "restored_packs": done.restored if done else 0,
+        "unreadable_packs": plan.unreadable,
+        "missing_objects": plan.missing,
+        "writers": plan.writers,
+    }
+
+
+def _details_there(plan: "RemoteGcPlan") -> list[str]:
+    wait = duration(plan.grace_seconds)
+    gone = "removed" if plan.grace_seconds == 0 and not plan.writers else "to the trash"
+    lines = [
+        (len(plan.trash), f"{plural(len(plan.trash), 'pack')} {gone}: nothing in them is needed"),
+        (len(plan.back), f"{plural(len(plan.back), 'pack')} back from the trash: needed after all"),
+        (len(plan.unlink), f"{plural(len(plan.unlink), 'pack')} removed: in the trash for {wait} or longer"),
+        (plan.kept_bytes, f"{size(plan.kept_bytes)} not needed, but younger than {wait} or in packs that are"),
+        (plan.waiting_bytes, f"{size(plan.waiting_bytes)} wait in the trash for their {wait}"),
+        (plan.unreadable, f"{plural(plan.unreadable, 'pack')} cannot be read and stay"),
+        (plan.writers, f"{plural(plan.writers, 'command')} at work there: nothing is removed meanwhile"),
+    ]
+    return [text for number, text in lines if number]
 
 
 # --------------------------------------------------------------------------------------------------------------- repack

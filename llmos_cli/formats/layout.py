@@ -15,6 +15,7 @@ REFS: Final = "refs"
 PACK_SUFFIX: Final = ".pack"
 ADOPTED: Final = "adopted"
 SNAPSHOTS: Final = "snapshots"
+TRASH: Final = "trash"
 _FORMAT = re.compile(rb"llmos ([!-~]{1,64})\n\Z")
 
 
@@ -32,6 +33,10 @@ def check_format(data: bytes) -> None:
 def pack_key(name: ObjectId) -> str:
     text = str(name)
     return f"{PACKS}/{text[:2]}/{text}{PACK_SUFFIX}"
+
+
+def trash_key(name: ObjectId) -> str:
+    return f"{TRASH}/{name}{PACK_SUFFIX}"
 
 
 def adopted_key(name: ObjectId) -> str:

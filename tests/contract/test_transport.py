@@ -3,6 +3,7 @@ so that a mistake made in both directions is seen."""
 
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -339,6 +340,41 @@ def test_delete_removes_and_may_be_repeated(place: Place) -> None:
     assert place.transport.create("refs/n/t/0000000001", b"y") is True
 
 
+def test_times_are_those_of_writing(place: Place) -> None:
+    before = time.time()
+    place.put("packs/aa/1.pack", b"1")
+    place.transport.create("refs/n/t/0000000001", b"22")
+    (pack,) = place.transport.dated("packs/")
+    (move,) = place.transport.dated("refs/n/")
+    assert (pack.key, pack.size, move.key, move.size) == ("packs/aa/1.pack", 1, "refs/n/t/0000000001", 2)
+    for item in (pack, move):  # some count whole seconds
+        assert before - 2 <= item.time <= time.time() + 2
+
+
+def test_what_is_set_aside_is_there_and_not_here(place: Place) -> None:
+    place.put("packs/aa/1.pack", b"bytes")
+    place.transport.set_aside("packs/aa/1.pack", "trash/1.pack")
+    assert list(place.transport.list("packs/")) == []
+    assert place.transport.read("trash/1.pack") == b"bytes"
+    place.transport.set_aside("trash/1.pack", "trash/gc-1/1.pack")
+    assert list(place.transport.list("trash/")) == [("trash/gc-1/1.pack", 5)]
+    place.transport.bring_back("trash/gc-1/1.pack", "packs/aa/1.pack")
+    assert place.get("packs/aa/1.pack") == b"bytes"
+    for move in (place.transport.set_aside, place.transport.bring_back):
+        with pytest.raises(NotFound):
+            move("packs/aa/2.pack", "trash/2.pack")
+    assert place.transport.size("trash/2.pack") is None
+
+
+def test_set_aside_begins_the_time_anew(place: Place) -> None:
+    place.put("packs/aa/1.pack", b"bytes")
+    (written,) = place.transport.dated("packs/")
+    time.sleep(1.1)
+    place.transport.set_aside("packs/aa/1.pack", "trash/1.pack")
+    (item,) = place.transport.dated("trash/")
+    assert item.time > written.time
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -372,6 +408,8 @@ def test_keys_cannot_lead_astray(place: Place, source: Path, tmp_path: Path, key
             lambda: place.transport.size(key),
             lambda: place.transport.create(key, b"x"),
             lambda: place.transport.delete(key),
+            lambda: place.transport.set_aside(key, "trash/x"),
+            lambda: place.transport.bring_back("trash/x", key),
             lambda: place.transport.put_file(key, source, object_id(source.read_bytes()), task),
         ):
             with pytest.raises(Unsafe):

@@ -14,7 +14,7 @@ from llmos_cli.errors import Damaged, NotFound
 from llmos_cli.formats.codec import ADOPTED
 from llmos_cli.formats.frame import MANIFEST
 from llmos_cli.formats.ids import ObjectId, parse_id
-from llmos_cli.formats.layout import PACK_SUFFIX, PACKS, pack_key
+from llmos_cli.formats.layout import PACK_SUFFIX, PACKS, TRASH, pack_key
 from llmos_cli.formats.pack import ENTRY_SIZE, HEADER_SIZE, TRAILER_SIZE, Entry, read_index
 from llmos_cli.progress import Progress
 from llmos_cli.remote.exchange.parallel import in_order
@@ -28,16 +28,18 @@ _END_BYTES: Final = 8192  # read at once: index and trailer of most packs
 
 @dataclass(frozen=True)
 class RemotePack:
-    """A pack at a remote. `intact` is False once something in it has proven wrong: it is not taken as a whole."""
+    """A pack at a remote. `intact` is False once something in it has proven wrong: it is not taken as a whole. `aside`
+    is where it lies if that is the trash."""
 
     name: ObjectId
     size: int
     entries: tuple[Entry, ...]
     intact: bool = True
+    aside: str = ""
 
     @property
     def key(self) -> str:
-        return pack_key(self.name)
+        return self.aside or pack_key(self.name)
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,40 @@ class Catalog:
 
 def read_catalog(store: Store, transport: Transport, progress: Progress) -> Catalog:
     """List a remote's packs and read what they hold; packs that cannot be read are left out with a warning."""
-    known, memory = store.index.packs(), recall(store, transport)
     listed = list_remote_packs(transport)
+    memory = recall(store, transport)
+    catalog = _read(store, transport, progress, listed, memory)
+    memory.save(listed)
+    return catalog
+
+
+def with_trash(store: Store, transport: Transport, progress: Progress, catalog: Catalog) -> Catalog:
+    """The catalog and, of what a gc there has put aside, the packs that it lacks: until they are unlinked they can be
+    read."""
+    aside = {name: item for name, item in list_trash(transport).items() if name not in catalog.packs}
+    if not aside:
+        return catalog
+    listed = {name: size for name, (_, size) in aside.items()}
+    keys = {name: key for name, (key, _) in aside.items()}
+    found = _read(store, transport, progress, listed, recall(store, transport), keys)
+    return replace(catalog, packs={**found.packs, **catalog.packs})
+
+
+def list_trash(transport: Transport) -> dict[ObjectId, tuple[str, int]]:
+    """The packs that lie aside at a remote: key and size."""
+    found = ((key, size, parse_pack(key)) for key, size in transport.list(f"{TRASH}/"))
+    return {name: (key, size) for key, size, name in found if name}
+
+
+def _read(
+    store: Store,
+    transport: Transport,
+    progress: Progress,
+    listed: Mapping[ObjectId, int],
+    memory: Memory,
+    keys: Mapping[ObjectId, str] | None = None,
+) -> Catalog:
+    known, aside = store.index.packs(), keys or {}
     packs: dict[ObjectId, RemotePack] = {}
     unknown: list[tuple[ObjectId, int]] = []
     for name, size in listed.items():
@@ -98,13 +132,13 @@ def read_catalog(store: Store, transport: Transport, progress: Progress) -> Cata
         if not entries or not _is_whole(size, entries):
             entries = memory.entries(name, size) or ()
         if entries:
-            packs[name] = RemotePack(name, size, entries)
+            packs[name] = RemotePack(name, size, entries, aside=aside.get(name, ""))
         else:
             unknown.append((name, size))
 
     def read(item: tuple[ObjectId, int]) -> RemotePack | tuple[ObjectId, str] | None:
         try:
-            return read_remote_pack(transport, *item, memory)
+            return read_remote_pack(transport, *item, memory, aside.get(item[0], ""))
         except NotFound:
             return None  # a gc there took it
         except Damaged as exc:
@@ -119,35 +153,37 @@ def read_catalog(store: Store, transport: Transport, progress: Progress) -> Cata
                 unreadable[item[0]] = item[1]
     for reason in unreadable.values():
         progress.warn(reason)
-    memory.save(listed)
     return Catalog(packs, unreadable)
 
 
-def read_remote_pack(transport: Transport, name: ObjectId, size: int, memory: Memory | None = None) -> RemotePack:
+def read_remote_pack(
+    transport: Transport, name: ObjectId, size: int, memory: Memory | None = None, aside: str = ""
+) -> RemotePack:
     """One pack's index, by range reads; raises Damaged naming pack and remote, NotFound if it is gone.
 
     What does not read is asked for a second time: it may have been spoiled on the way.
     """
+    key = aside or pack_key(name)
     try:
-        end = _End(transport, name, size)
+        end = _End(transport, key, size)
         entries = read_index(end.read, size)
     except Damaged:
         try:
-            end = _End(transport, name, size)
+            end = _End(transport, key, size)
             entries = read_index(end.read, size)
         except Damaged as exc:
-            raise type(exc)(f"{exc.message} ({pack_key(name)} at {transport.url})", hint=exc.hint) from exc
+            raise type(exc)(f"{exc.message} ({key} at {transport.url})", hint=exc.hint) from exc
     if memory:
         memory.note(name, size, end.index_and_trailer(len(entries)))
-    return RemotePack(name, size, entries)
+    return RemotePack(name, size, entries, aside=aside)
 
 
 class _End:
     """A pack as `read_index` reads it: its end in one request, what lies before in more."""
 
-    def __init__(self, transport: Transport, name: ObjectId, size: int) -> None:
+    def __init__(self, transport: Transport, key: str, size: int) -> None:
         self._transport = transport
-        self._key = pack_key(name)
+        self._key = key
         self._first = max(0, size - _END_BYTES)
         self._data = transport.read(self._key, self._first, size)
         self._longer = b""
@@ -175,9 +211,15 @@ def _is_whole(size: int, entries: tuple[Entry, ...]) -> bool:
 
 def _packs(listing: Iterable[tuple[str, int]]) -> Iterable[tuple[ObjectId, int]]:
     for key, size in listing:
-        try:
-            name = parse_id(key.rpartition("/")[2].removesuffix(PACK_SUFFIX))
-        except Damaged:
-            continue
-        if key == pack_key(name):
+        name = parse_pack(key)
+        if name and key == pack_key(name):
             yield name, size
+
+
+def parse_pack(key: str) -> ObjectId | None:
+    """The pack that a key says it is, wherever it lies; None for anything else."""
+    stem = key.rpartition("/")[2].removesuffix(PACK_SUFFIX)
+    try:
+        return parse_id(stem) if key.endswith(PACK_SUFFIX) else None
+    except Damaged:
+        return None

@@ -6,7 +6,8 @@ does not ask for again.
 """
 
 import os
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -20,7 +21,7 @@ from llmos_cli.formats.names import RefName
 from llmos_cli.formats.pack import Entry
 from llmos_cli.progress import Progress
 from llmos_cli.remote.exchange.ancestry import remote_held, rests_on
-from llmos_cli.remote.exchange.catalog import Catalog, Place, RemotePack, read_catalog
+from llmos_cli.remote.exchange.catalog import Catalog, Place, RemotePack, read_catalog, with_trash
 from llmos_cli.remote.exchange.fetch import BadPack, Fetch, fetch, fetch_manifest
 from llmos_cli.remote.exchange.refs import RemoteRef, list_remote_refs, read_remote_ref
 from llmos_cli.remote.exchange.signed import check_signed, must_be_signed, read_remote_signatures
@@ -36,6 +37,7 @@ from llmos_cli.store.refs.signatures import keep_signatures
 
 _WHOLE_SHARE: Final = 0.5  # a pack is taken whole if at least this much of it is missing here,
 _TWICE_SHARE: Final = 1 / 16  # and no more of it than this is here already
+_PAUSES: Final = (0.0, 0.1, 0.5)  # before looking once more, while packs come and go there
 _TRIES: Final = 16  # bad packs passed over before giving up
 
 
@@ -114,6 +116,18 @@ def plan_manifests(
 ) -> PullPlan:
     """Decide what to fetch so that these manifests are here whole; raises Damaged if the remote cannot give it."""
     catalog = read_catalog(store, transport, store.progress)
+    for pause in _PAUSES:  # a gc there may be at work, or was stopped before it brought back what is needed
+        try:
+            return _plan(store, transport, catalog, manifests, refs)
+        except (Damaged, NotFound):
+            time.sleep(pause)
+            catalog = with_trash(store, transport, store.progress, read_catalog(store, transport, store.progress))
+    return _plan(store, transport, catalog, manifests, refs)
+
+
+def _plan(
+    store: Store, transport: Transport, catalog: Catalog, manifests: Set[ObjectId], refs: tuple[PulledRef, ...]
+) -> PullPlan:
     wanted = sorted(manifests)
     needed: dict[ObjectId, int | None] = {}
     lost = frozenset(oid for oid in wanted if _is_lost(store, oid))
@@ -289,6 +303,7 @@ def _fetch_all(store: Store, remote: Remote, plan: PullPlan, progress: Progress)
     transport, catalog, fetches = remote.transport, plan.catalog, plan.fetches
     installed: dict[ObjectId, int] = {}
     problem: LlmosError | None = None
+    gone: Counter[ObjectId] = Counter()
     for _ in range(_TRIES):
         try:
             with progress.task(f"pulling from {remote.label}", total=sum(item.size for item in fetches)) as task:
@@ -296,15 +311,37 @@ def _fetch_all(store: Store, remote: Remote, plan: PullPlan, progress: Progress)
             return installed
         except BadPack as exc:
             problem = exc.problem
-            if isinstance(problem, NotFound):  # a gc there has moved things; what is listed and not there is no use
-                catalog = read_catalog(store, transport, progress).without_pack(exc.pack)
+            if isinstance(problem, NotFound):  # a gc there has moved things
+                gone[exc.pack] += 1
+                catalog, fetches = _find_again(store, transport, plan, catalog, exc.pack, gone)
             else:
                 catalog = catalog.without(exc.pack, exc.id)
-        try:
-            fetches = _plan_fetches(store, transport, catalog, plan.needed, plan.lost, packs=plan.packs)
-        except Damaged as exc:
-            raise (exc if isinstance(problem, NotFound) else problem) from None
+                try:
+                    fetches = _plan_fetches(store, transport, catalog, plan.needed, plan.lost, packs=plan.packs)
+                except Damaged:
+                    raise problem from None
         progress.warn(f"{problem.message}; looking for what is needed elsewhere there")
+    assert problem
+    raise problem
+
+
+def _find_again(
+    store: Store, transport: Transport, plan: PullPlan, catalog: Catalog, pack: ObjectId, gone: Counter[ObjectId]
+) -> tuple[Catalog, tuple[Fetch, ...]]:
+    """Where to take what is still missing from, after a pack was not where it should be. It may be in the trash, or on
+    its way back; at first, and after some times, it is taken for one that is listed and not there."""
+    listed = pack in catalog.packs and not catalog.packs[pack].aside
+    problem: Damaged | None = None
+    for number, pause in enumerate(_PAUSES):
+        time.sleep(pause)
+        catalog = read_catalog(store, transport, store.progress)
+        if listed and (number == 0 or gone[pack] >= len(_PAUSES)):
+            catalog = catalog.without_pack(pack)
+        catalog = with_trash(store, transport, store.progress, catalog)
+        try:
+            return catalog, _plan_fetches(store, transport, catalog, plan.needed, plan.lost, packs=plan.packs)
+        except Damaged as exc:
+            problem = exc
     assert problem
     raise problem
 

@@ -81,6 +81,16 @@ def remote_log(transport: Transport, seen: RemoteRef) -> Iterator[RefEntry]:
             yield entry
 
 
+def list_moves(transport: Transport, ref: RefName | None = None) -> dict[RefName, tuple[int, ...]]:
+    """The numbers of the moves of every ref, or of one, in order; nothing is read."""
+    numbers: defaultdict[RefName, set[int]] = defaultdict(set)
+    for key, _ in transport.list(f"{REFS}/{ref.name}/{ref.tag}/" if ref else f"{REFS}/"):
+        found = _parse_key(key)
+        if found:
+            numbers[found[0]].add(found[1])
+    return {ref: tuple(sorted(numbers[ref])) for ref in sorted(numbers)}
+
+
 def move_remote_ref(transport: Transport, seen: RemoteRef, new: ObjectId, *, message: str) -> RefEntry:
     """Give a ref a new value if it still is as it was `seen`; raises Conflict if somebody was faster."""
     sequence = seen.sequences[-1] + 1 if seen.sequences else 1

@@ -4,7 +4,7 @@ A chunk that lies in an adopted file is encoded on the way: the other side has n
 """
 
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +19,11 @@ from llmos_cli.formats.ids import Buffer, ObjectId
 from llmos_cli.formats.layout import pack_key
 from llmos_cli.formats.pack import ENTRY_SIZE, HEADER_SIZE, TRAILER_SIZE, Entry, aligned
 from llmos_cli.progress import Task
-from llmos_cli.remote.exchange.catalog import Place, RemotePack, read_remote_pack
+from llmos_cli.remote.exchange.catalog import Place, RemotePack, list_trash, read_remote_pack
 from llmos_cli.remote.exchange.fetch import BadPack, prove_object
 from llmos_cli.remote.exchange.parallel import in_order
 from llmos_cli.remote.exchange.remembered import Memory, recall
+from llmos_cli.remote.pool.pool import PoolTransport
 from llmos_cli.remote.transports.transport import Transport
 from llmos_cli.store.handle import Store
 from llmos_cli.store.packs.frames import decode_read, indexed_base, read_frame
@@ -80,16 +81,20 @@ def plan_shipments(store: Store, needed: Set[ObjectId], missing: Set[ObjectId]) 
 def send(
     store: Store, transport: Transport, shipments: Sequence[Shipment], sent: dict[ObjectId, int], task: Task
 ) -> None:
-    """Send packs and confirm each; what has arrived is noted in `sent` with its size.
+    """Send packs and confirm each; what has arrived is noted in `sent` with its size, or 0 if it only had to be brought
+    back from the trash there.
 
     Raises FileNotFoundError if a pack of the store is gone, Damaged if one is not what it should be.
     """
-
     memory, counted = recall(store, transport), _Stoppable(task)
+    aside = {} if isinstance(transport, PoolTransport) or not shipments else list_trash(transport)
 
-    def send_one(shipment: Shipment) -> RemotePack:
+    def send_one(shipment: Shipment) -> tuple[RemotePack, int]:
         if isinstance(shipment, WholePack):
             pack = RemotePack(shipment.name, shipment.size, shipment.entries)
+            if _bring_back(store, transport, pack, aside):
+                counted.advance(pack.size)
+                return pack, 0
             try:
                 transport.put_file(pack.key, store.pack_path(pack.name), pack.name, counted)
             except Damaged:  # maybe only its index: its frames are checked one by one, and a broken one is named
@@ -97,18 +102,33 @@ def send(
         else:
             pack = _send_fresh(store, transport, shipment, counted)
         _confirm(store, transport, pack, memory if isinstance(shipment, FreshPack) else None)
-        return pack
+        return pack, pack.size
 
     with closing(in_order(send_one, shipments, workers=_STREAMS, limit=_STREAMS)) as arrived:
         try:
-            for pack in arrived:
-                sent[pack.name] = pack.size
+            for pack, size in arrived:
+                sent[pack.name] = size
                 counted.note(f"{len(sent)} of {len(shipments)} packs")
         except BaseException:
             counted.stop()
             raise
         finally:
             memory.save()
+
+
+def _bring_back(
+    store: Store, transport: Transport, pack: RemotePack, aside: Mapping[ObjectId, tuple[str, int]]
+) -> bool:
+    """Take a pack out of the trash there, where a gc has put it; False if it must be sent. Not in a pool: it may lie in
+    the trash of fewer nodes than it must be at."""
+    if pack.name not in aside:
+        return False
+    try:
+        transport.bring_back(aside[pack.name][0], pack.key)
+        _confirm(store, transport, pack, None)
+    except (NotFound, RemoteUnavailable):
+        return False
+    return True
 
 
 class _Stoppable:

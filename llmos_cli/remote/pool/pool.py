@@ -30,7 +30,7 @@ from llmos_cli.remote.pool.ballot import decide, forget_votes, learn
 from llmos_cli.remote.pool.fanout import STALL_SECONDS, Call, ask_all, ask_one
 from llmos_cli.remote.pool.intact import Intact, is_move, is_same_move
 from llmos_cli.remote.pool.placement import ranked
-from llmos_cli.remote.transports.transport import SlowToAsk, Transport, check_key, check_prefix
+from llmos_cli.remote.transports.transport import Dated, SlowToAsk, Transport, check_key, check_prefix
 from llmos_cli.store.handle import Store
 
 POOL_SCHEME: Final = "pool:"
@@ -130,6 +130,21 @@ class PoolTransport(SlowToAsk):
         if missing > bearable:
             raise self._too_few(f"{len(self.nodes) - bearable} nodes must answer to know all there is", len(answers))
         return self._listed(sizes)
+
+    def dated(self, prefix: str) -> Iterator[Dated]:
+        """Of copies the youngest. Every node must answer."""
+        check_prefix(prefix)
+
+        def look(node: Transport) -> Sequence[Dated]:
+            return [item for item in node.dated(prefix) if not item.key.startswith(_OWN)]
+
+        found: dict[str, Dated] = {}
+        for items in self._at_all("nodes must answer to know how old a thing is", look).values():
+            for item in items:
+                other = found.get(item.key)
+                if other is None or item.time > other.time:
+                    found[item.key] = item
+        return iter(found.values())
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         check_key(key)
@@ -240,6 +255,38 @@ class PoolTransport(SlowToAsk):
         if errors or len(live) < len(self.nodes):
             done = len(live) - len(errors)
             raise self._too_few(f"{key} must be removed from all nodes", done, errors[0] if errors else None)
+
+    def set_aside(self, key: str, to: str) -> None:
+        """At every node that has it."""
+        self._move(key, to, lambda node: node.set_aside(key, to))
+
+    def bring_back(self, key: str, to: str) -> None:
+        """At every node that has it aside."""
+        self._move(key, to, lambda node: node.bring_back(key, to))
+
+    def _move(self, key: str, to: str, move: Callable[[Transport], None]) -> None:
+        check_key(key)
+        check_key(to)
+
+        def at(node: Transport) -> bool:
+            try:
+                move(node)
+            except NotFound:
+                return False
+            return True
+
+        if not any(self._at_all(f"nodes must answer to move {key}", at).values()):
+            raise NotFound(f"{key} is not at {self.url}")
+
+    def _at_all(self, what: str, ask: Callable[[Transport], Answer]) -> dict[str, Answer]:
+        """Every node's answer, or none."""
+        live = self.live
+        answers = ask_all(live, ask, stall=self.stall) if len(live) == len(self.nodes) else {}
+        problems = [self._note(name, answer) for name, answer in answers.items() if isinstance(answer, LlmosError)]
+        done = {name: answer for name, answer in answers.items() if not isinstance(answer, LlmosError)}
+        if len(done) < len(self.nodes):
+            raise self._too_few(f"all {len(self.nodes)} {what}", len(done or live), next(iter(problems), None))
+        return done
 
     def spread(self, key: str, value: bytes) -> None:
         """Give a key the value that was chosen for it at all nodes; the votes are forgotten once enough have it."""

@@ -16,9 +16,9 @@ from typing import BinaryIO, Final
 from llmos_cli.errors import AccessDenied, Damaged, LlmosError, NoSpace, NotFound, RemoteUnavailable, from_os_error
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import IdHasher, ObjectId
-from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT
+from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, TRASH
 from llmos_cli.progress import Task
-from llmos_cli.remote.transports.transport import check_key, check_prefix
+from llmos_cli.remote.transports.transport import Dated, check_key, check_prefix
 from llmos_cli.store.disk import durable
 from llmos_cli.store.local import FOLDERS
 
@@ -63,6 +63,9 @@ class FolderTransport:
         self.create(FORMAT_FILE, FORMAT_TEXT)
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        return ((item.key, item.size) for item in self.dated(prefix))
+
+    def dated(self, prefix: str) -> Iterator[Dated]:
         return self._walk(self.root / check_prefix(prefix), prefix)
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
@@ -115,6 +118,26 @@ class FolderTransport:
     def delete(self, key: str) -> None:
         with self._reporting(f"removing {key}"):
             durable.remove(self._path(key))
+            self._tidy(key)
+
+    def set_aside(self, key: str, to: str) -> None:
+        source, target = self._path(key), self._path(to)
+        with self._reporting(f"moving {key}", key):
+            os.stat(source, follow_symlinks=False)
+            self._make_parent(target)
+            durable.touch(source)
+            if not durable.move(source, target):
+                raise NotFound(f"{key} is not at {self.url}")
+            self._tidy(key)
+
+    def bring_back(self, key: str, to: str) -> None:
+        self.set_aside(key, to)
+
+    def _tidy(self, key: str) -> None:
+        """The folder of one gc in the trash goes with the last thing in it."""
+        folder = self._path(key).parent
+        if folder.parent == self.root / TRASH:
+            durable.remove_empty_folder(folder)
 
     def _create(self, target: Path, data: bytes) -> bool:
         self._make_parent(target)
@@ -134,7 +157,7 @@ class FolderTransport:
             )
         durable.make_folder(target.parent)
 
-    def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    def _walk(self, folder: Path, prefix: str) -> Iterator[Dated]:
         with self._reporting(f"listing {prefix or 'it'}"):
             try:
                 with os.scandir(folder) as listing:
@@ -149,10 +172,10 @@ class FolderTransport:
                 continue
             with self._reporting(f"listing {prefix or 'it'}"):
                 try:
-                    size = child.stat(follow_symlinks=False).st_size
+                    status = child.stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-            yield f"{prefix}{child.name}", size
+            yield Dated(f"{prefix}{child.name}", status.st_size, status.st_mtime)
 
     def _sweep(self) -> None:
         """Remove what pushes that were killed left behind."""

@@ -7,6 +7,7 @@ encryption on the wire come from the Hadoop settings that hdfs-native finds ($HA
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -19,7 +20,7 @@ from llmos_cli.formats import limits
 from llmos_cli.formats.ids import IdHasher, ObjectId
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT
 from llmos_cli.progress import Task
-from llmos_cli.remote.transports.transport import SlowToAsk, check_key, check_prefix
+from llmos_cli.remote.transports.transport import Dated, SlowToAsk, check_key, check_prefix
 
 if TYPE_CHECKING:
     from hdfs_native import Client
@@ -54,6 +55,9 @@ class HdfsTransport(SlowToAsk):
         self.create(FORMAT_FILE, FORMAT_TEXT)
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        return ((item.key, item.size) for item in self.dated(prefix))
+
+    def dated(self, prefix: str) -> Iterator[Dated]:
         folder = f"{self._root}/{check_prefix(prefix)}".rstrip("/") or "/"
         return self._walk(folder)
 
@@ -115,6 +119,17 @@ class HdfsTransport(SlowToAsk):
         with self._reporting(f"removing {key}"), suppress(FileNotFoundError):
             self._client.delete(path)
 
+    def set_aside(self, key: str, to: str) -> None:
+        source, target = self._path(key), self._path(to)
+        now = round(time.time() * 1000)
+        with self._reporting(f"moving {key}", key):
+            self._client.mkdirs(target.rpartition("/")[0], create_parent=True)
+            self._client.set_times(source, now, now)
+            self._client.rename(source, target, overwrite=True)
+
+    def bring_back(self, key: str, to: str) -> None:
+        self.set_aside(key, to)
+
     @cached_property
     def _client(self) -> "Client":
         if find_spec("hdfs_native") is None:
@@ -144,7 +159,7 @@ class HdfsTransport(SlowToAsk):
             return False
         return True
 
-    def _walk(self, folder: str) -> Iterator[tuple[str, int]]:
+    def _walk(self, folder: str) -> Iterator[Dated]:
         with self._reporting("listing it"):
             try:
                 found = list(self._client.list_status(folder, recursive=True))
@@ -153,7 +168,7 @@ class HdfsTransport(SlowToAsk):
         for status in found:
             path = status.path if status.path.startswith("/") else f"{folder}/{status.path}"
             if not status.isdir and not path.rpartition("/")[2].startswith(_TEMP):
-                yield path.removeprefix(f"{self._root}/"), status.length
+                yield Dated(path.removeprefix(f"{self._root}/"), status.length, status.modification_time / 1000)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{check_key(key)}"

@@ -11,10 +11,10 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from typing import Final, Protocol
 
 from llmos_cli.errors import Busy
+from llmos_cli.remote.transports.transport import Dated
 
 LOCKS: Final = "locks"
 MARKER: Final = f"{LOCKS}/ALWAYS"  # a remote that has it is written to in this way by everybody
@@ -31,7 +31,7 @@ class Shelf(Protocol):
 
     def exists(self, key: str) -> bool: ...
 
-    def dated(self, prefix: str) -> Iterator[tuple[str, datetime]]: ...
+    def dated(self, prefix: str) -> Iterator[Dated]: ...
 
 
 def create_locked(shelf: Shelf, key: str, data: bytes, *, sleep: Callable[[float], None] = time.sleep) -> bool:
@@ -64,11 +64,11 @@ def create_locked(shelf: Shelf, key: str, data: bytes, *, sleep: Callable[[float
 
 def _others(shelf: Shelf, folder: str, claim: str) -> list[str]:
     """The claims of others that live; those of dead processes are removed."""
-    claims = dict(shelf.dated(folder))
+    claims = {item.key: item.time for item in shelf.dated(folder)}
     mine = claims.pop(claim, None)
     if mine is None:
         return [""]  # taken for dead, or not listed yet: withdraw
-    dead = [name for name, made in claims.items() if (mine - made).total_seconds() > STALE_SECONDS]
+    dead = [name for name, made in claims.items() if mine - made > STALE_SECONDS]
     for name in dead:
         shelf.delete(name)
     return [name for name in claims if name not in dead]

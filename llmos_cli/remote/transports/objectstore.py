@@ -16,21 +16,28 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from llmos_cli.errors import AccessDenied, Damaged, LlmosError, NotFound, from_os_error
+from llmos_cli.errors import AccessDenied, Damaged, LlmosError, NotFound, RemoteUnavailable, from_os_error
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import IdHasher, ObjectId
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT
 from llmos_cli.progress import Task
 from llmos_cli.remote.transports import locks
 from llmos_cli.remote.transports.address import ObjectAddress, WebAddress
-from llmos_cli.remote.transports.storeerrors import NoBucket, is_plain_http, is_range_past_end, is_unsure, translate
-from llmos_cli.remote.transports.transport import SlowToAsk, check_key, check_prefix
+from llmos_cli.remote.transports.storeerrors import (
+    TRY_AGAIN,
+    NoBucket,
+    is_plain_http,
+    is_range_past_end,
+    is_unsure,
+    translate,
+)
+from llmos_cli.remote.transports.transport import Dated, SlowToAsk, check_key, check_prefix
 
 _PART_BYTES: Final = 8 * limits.MiB
 _PARTS: Final = 8  # parts of one value that are under way together
@@ -74,8 +81,11 @@ class ObjectStoreTransport(SlowToAsk):
             self.create(FORMAT_FILE, FORMAT_TEXT)
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        return ((item.key, item.size) for item in self.dated(prefix))
+
+    def dated(self, prefix: str) -> Iterator[Dated]:
         check_prefix(prefix)
-        return ((meta["path"], meta["size"]) for meta in self._listed(prefix))
+        return (Dated(meta["path"], meta["size"], meta["last_modified"].timestamp()) for meta in self._listed(prefix))
 
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         check_key(key)
@@ -134,6 +144,17 @@ class ObjectStoreTransport(SlowToAsk):
         except NotFound:
             return
 
+    def set_aside(self, key: str, to: str) -> None:
+        self.bring_back(key, to)
+        self.delete(key)
+
+    def bring_back(self, key: str, to: str) -> None:
+        check_key(key)
+        check_key(to)
+        self._ask(f"copying {key}", lambda store: store.copy(key, to), key, "write")
+        if self.size(key) != self.size(to):  # some only promise it
+            raise RemoteUnavailable(f"{self.url} has not copied {key} to {to}", hint=TRY_AGAIN)
+
     # What locks are made with.
 
     def put(self, key: str, data: bytes) -> None:
@@ -141,9 +162,6 @@ class ObjectStoreTransport(SlowToAsk):
 
     def exists(self, key: str) -> bool:
         return self.size(key) is not None
-
-    def dated(self, prefix: str) -> Iterator[tuple[str, datetime]]:
-        return ((meta["path"], meta["last_modified"]) for meta in self._listed(prefix))
 
     def uses_locks(self) -> bool:
         """Whether this remote is marked as one that is written to by way of lock objects."""

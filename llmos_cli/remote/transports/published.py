@@ -12,7 +12,7 @@ from llmos_cli.progress import Task
 from llmos_cli.remote.transports.address import WebAddress
 from llmos_cli.remote.transports.listing import LISTING, parse_listing
 from llmos_cli.remote.transports.objectstore import ObjectStoreTransport, Patience
-from llmos_cli.remote.transports.transport import check_key, check_prefix
+from llmos_cli.remote.transports.transport import Dated, check_key, check_prefix
 
 
 class WebTransport(ObjectStoreTransport):
@@ -31,6 +31,10 @@ class WebTransport(ObjectStoreTransport):
             self._listing = self._read_listing()
         return iter([(key, size) for key, size in self._listing.items() if key.startswith(prefix)])
 
+    def dated(self, prefix: str) -> Iterator[Dated]:
+        check_prefix(prefix)
+        raise self._read_only()
+
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         try:
             return super().read(key, start, end)
@@ -46,6 +50,14 @@ class WebTransport(ObjectStoreTransport):
         raise self._read_only()
 
     def delete(self, key: str) -> None:
+        check_key(key)
+        raise self._read_only()
+
+    def set_aside(self, key: str, to: str) -> None:
+        check_key(key)
+        raise self._read_only()
+
+    def bring_back(self, key: str, to: str) -> None:
         check_key(key)
         raise self._read_only()
 

@@ -7,6 +7,7 @@ named by content, so doing it twice, or from two machines at once, does no harm.
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -17,6 +18,15 @@ from llmos_cli.progress import Task
 
 _PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*\Z")
 _DEPTH: Final = 8
+
+
+@dataclass(frozen=True)
+class Dated:
+    """What a list tells of a key; `time` is when it got its value, in seconds since 1970 by the clock over there."""
+
+    key: str
+    size: int
+    time: float
 
 
 class Transport(Protocol):
@@ -37,6 +47,9 @@ class Transport(Protocol):
         not fit `check_key` may appear if somebody else put it there.
         """
 
+    def dated(self, prefix: str) -> Iterator[Dated]:
+        """The same with times."""
+
     def read(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         """The bytes from `start` to `end` (None: to the last one); fewer if the value ends before."""
 
@@ -55,6 +68,14 @@ class Transport(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove a key; a key that is absent is no error."""
+
+    def set_aside(self, key: str, to: str) -> None:
+        """Give a value another key, where its time begins anew; NotFound if it is not there. Stopped half way, it has
+        both keys, never none."""
+
+    def bring_back(self, key: str, to: str) -> None:
+        """The way back. Where a removal may be carried out late, after its answer was lost, the value stays at `key` as
+        well: the one from `to` may yet come."""
 
 
 class SlowToAsk:

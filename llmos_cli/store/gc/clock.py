@@ -24,7 +24,7 @@ def check_clock(store: Store, now: float | None = None) -> None:
     if apart is not None and abs(apart) > SKEW_SECONDS:
         direction = "ahead of" if apart > 0 else "behind"
         raise Unsafe(
-            f"the clock of this machine is {_span(abs(apart))} {direction} that of the file system of {store.root}",
+            f"the clock of this machine is {span(abs(apart))} {direction} that of the file system of {store.root}",
             hint="set the clock, then run the command again; llmos gc --dry-run only looks",
         )
     latest = (time.time() if now is None else now) + SKEW_SECONDS
@@ -33,7 +33,7 @@ def check_clock(store: Store, now: float | None = None) -> None:
         if begun > latest:
             raise Unsafe(
                 f"process {lease.process.pid} on {lease.process.host} ({lease.purpose}) says it began in "
-                f"{_span(begun - latest + SKEW_SECONDS)} from now: the clocks of the two machines differ",
+                f"{span(begun - latest + SKEW_SECONDS)} from now: the clocks of the two machines differ",
                 hint="set the clocks, then run the command again; llmos gc --dry-run only looks",
             )
     for folder in (store.packs, store.trash):
@@ -44,7 +44,7 @@ def check_clock(store: Store, now: float | None = None) -> None:
                 continue
             if ahead > 0:
                 raise Unsafe(
-                    f"{path} is from the future ({_span(ahead + SKEW_SECONDS)} from now): a clock is or was wrong",
+                    f"{path} is from the future ({span(ahead + SKEW_SECONDS)} from now): a clock is or was wrong",
                     hint=f"set the clock; if it is right now: touch {path}",
                 )
 
@@ -65,7 +65,8 @@ def _of_file_system(store: Store, now: float | None) -> float | None:
     return (time.time() if now is None else now) - made
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """A time in words."""
     for name, length in (("days", _DAY_SECONDS), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {name}"
