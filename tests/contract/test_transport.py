@@ -309,6 +309,39 @@ def test_put_file_from_many_threads_ends_in_one_whole_value(place: Place, source
     assert place.get("packs/aa/1.pack") == source.read_bytes()
 
 
+class Held:
+    """A task that stops at its first step until it is let go."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def advance(self, amount: int = 1) -> None:
+        self.begun.set()
+        assert self.go.wait(30)
+
+    def note(self, text: str) -> None:
+        pass
+
+
+def test_put_file_sends_one_value_at_a_time(place: Place, source: Path, tmp_path: Path) -> None:
+    """So that a kill costs no more than one, whoever sends several."""
+    other = tmp_path / "other"
+    other.write_bytes(b"other bytes" * 1000)
+    first, second = Held(), Counter()
+    put = place.transport.put_file
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(put, "packs/aa/1.pack", source, object_id(source.read_bytes()), first)
+        assert first.begun.wait(30)
+        two = pool.submit(put, "packs/ab/2.pack", other, object_id(other.read_bytes()), second)
+        time.sleep(0.2)
+        early = second.done
+        first.go.set()
+        one.result()
+        two.result()
+    assert early == 0
+    assert second.done == other.stat().st_size
+
+
 def test_create_stores_a_value_once(place: Place) -> None:
     assert place.transport.create("refs/n/t/0000000001", b"first") is True
     assert place.transport.create("refs/n/t/0000000001", b"second") is False

@@ -29,7 +29,7 @@ from llmos_cli.store.handle import Store
 from llmos_cli.store.packs.frames import decode_read, indexed_base, read_frame
 from llmos_cli.store.packs.packs import PackWriter
 
-_STREAMS: Final = 2  # a kill costs what is under way: at most this many packs
+_STREAMS: Final = 2  # one is sent while another is made or confirmed; a transport sends one at a time
 _WHOLE_SHARE: Final = 0.5
 
 

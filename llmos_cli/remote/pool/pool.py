@@ -81,6 +81,7 @@ class PoolTransport(SlowToAsk):
         self.stall = stall
         self._intact = Intact()
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
         self._lost: dict[str, LlmosError] = {}
         self._holders: dict[str, frozenset[str]] = {}
 
@@ -189,8 +190,13 @@ class PoolTransport(SlowToAsk):
         return None
 
     def put_file(self, key: str, path: Path, name: ObjectId, task: Task) -> None:
-        """To the first `replicas` nodes of its rank that take it; each is asked back for what it has."""
+        """To the first `replicas` nodes of its rank that take it; each is asked back for what it has. One value at a
+        time: a kill then costs one value at most."""
         check_key(key)
+        with self._sending:
+            self._put(key, path, name, task)
+
+    def _put(self, key: str, path: Path, name: ObjectId, task: Task) -> None:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
             size = file.tell()

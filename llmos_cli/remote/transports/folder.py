@@ -7,8 +7,10 @@ file's place is refused: whoever else can write there must not make us read some
 import errno
 import os
 import stat
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -44,6 +46,7 @@ class FolderTransport:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._sending = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -88,17 +91,13 @@ class FolderTransport:
                 return None
 
     def put_file(self, key: str, path: Path, name: ObjectId, task: Task) -> None:
+        """One value at a time, hashed beside being written: a kill then costs one value at most."""
         target = self._path(key)
-        with open(path, "rb", buffering=0) as source, self._reporting(f"writing {key}"):
+        with self._sending, open(path, "rb", buffering=0) as source, self._reporting(f"writing {key}"):
             self._make_parent(target)
             temp = durable.temp_path(target.parent)
             with durable.new_file(temp) as file:
-                hasher = IdHasher()
-                for block in _blocks(source, path):
-                    hasher.update(block)
-                    durable.write_all(file, block)
-                    task.advance(len(block))
-                if hasher.id() != name:
+                if _copy(source, path, file, task) != name:
                     raise Damaged(
                         f"{path} does not have the bytes its name stands for", hint="see what it affects: llmos fsck"
                     )
@@ -211,11 +210,28 @@ class FolderTransport:
         )
 
 
-def _blocks(source: BinaryIO, path: Path) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(_BLOCK_BYTES))
+def _copy(source: BinaryIO, path: Path, target: BinaryIO, task: Task) -> ObjectId:
+    """Write one file to another; returns the id of the bytes that were written. They start for the disk at once."""
+    hasher, done = IdHasher(), 0
+    buffers = [memoryview(bytearray(_BLOCK_BYTES)) for _ in range(2)]  # one is hashed while the next is read
+    hashing: Future[None] | None = None
+    with ThreadPoolExecutor(1, "hash") as helper:
+        while count := _read_into(source, buffers[0], path):
+            block = buffers[0][:count]
+            if hashing:
+                hashing.result()
+            hashing = helper.submit(hasher.update, block)
+            durable.write_all(target, block)
+            durable.hasten(target.fileno(), done, count)
+            done += count
+            task.advance(count)
+            buffers.reverse()
+    return hasher.id()
+
+
+def _read_into(source: BinaryIO, buffer: memoryview, path: Path) -> int:
     try:
-        while count := source.readinto(buffer):  # type: ignore[attr-defined]
-            yield buffer[:count]
+        return int(source.readinto(buffer))  # type: ignore[attr-defined]
     except OSError as exc:
         raise from_os_error(exc, f"reading {path}") from exc
 

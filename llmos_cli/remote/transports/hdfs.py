@@ -7,6 +7,7 @@ encryption on the wire come from the Hadoop settings that hdfs-native finds ($HA
 
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,6 +45,7 @@ class HdfsTransport(SlowToAsk):
     def __init__(self, server: str, root: str) -> None:
         self._server = server
         self._root = root
+        self._sending = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -81,8 +83,10 @@ class HdfsTransport(SlowToAsk):
             return None if status.isdir else status.length
 
     def put_file(self, key: str, path: Path, name: ObjectId, task: Task) -> None:
+        """One value at a time: a kill then costs one value at most."""
         target = self._path(key)
         with (
+            self._sending,
             open(path, "rb", buffering=0) as source,
             self._reporting(f"writing {key}"),
             self._written(target) as (temp, writer),
