@@ -1,10 +1,9 @@
-"""A store in memory-backed files (an fsync on a disk costs more than the rest of a test) and ways to hurt it."""
+"""A store and ways to hurt it."""
 
 import json
 import os
 import random
 import subprocess
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,13 +29,6 @@ from llmos_cli.store.refs.refs import delete_ref, read_ref
 from llmos_cli.store.transaction import Commit, begin
 
 DTYPES = {"uint8": "U8", "uint16": "BF16", "int32": "I32", "int64": "I64", "float32": "F32", "float16": "F16"}
-
-
-@pytest.fixture
-def tmp_path() -> Iterator[Path]:
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="llmos-test-", dir=memory) as folder:
-        yield Path(folder)
 
 
 @pytest.fixture
