@@ -19,11 +19,22 @@ def clone(
         Path,
         typer.Argument(metavar="DIR", help="Where; the store is DIR/.llmos.", show_default=False, readable=False),
     ],
+    *,
+    signed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--require-signed",
+            metavar="ed25519:KEY",
+            help="Take only what the owner of this key has signed; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Make a store in DIR with all refs of a remote.
 
     The new store knows the remote as 'origin'. DIR must be new or empty. A clone that was stopped is finished with
-    'llmos --store DIR pull origin --all'.
+    'llmos --store DIR pull origin --all'. With --require-signed the keys are noted in its config.toml, and later pulls
+    from 'origin' ask for signatures, too.
 
     Examples:
       llmos clone /mnt/nas/models here
@@ -34,7 +45,7 @@ def clone(
 
     here = session(ctx)
     start = time.monotonic()
-    plan = plan_clone(url, folder, here.cwd, here.out.progress)
+    plan = plan_clone(url, folder, here.cwd, here.out.progress, signed or ())
     done = execute_clone(plan, here.out.progress)
     seconds = time.monotonic() - start
     listed = [{"ref": str(item.ref), "id": str(item.id)} for item in done.refs]

@@ -1,11 +1,12 @@
 """A snapshot: every ref of a store with its log, as it was at one time, and the manifests that a backup keeps for it.
 
-Canonical JSON, named by its time and the BLAKE3 of its bytes: the name proves it whole, a listing tells the times.
+Canonical JSON, named by its time and the BLAKE3 of its bytes: the name proves it whole, a listing tells the times. With
+signatures it is of version 2, which has a field for them; without, of version 1.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from typing import Final
@@ -17,24 +18,28 @@ from llmos_cli.formats.ids import ObjectId, object_id, parse_id
 from llmos_cli.formats.layout import SNAPSHOTS
 from llmos_cli.formats.names import RefName, parse_ref
 from llmos_cli.formats.reflog import RefEntry
+from llmos_cli.formats.signature import decode_signature
 
 VERSION: Final = 1
+SIGNED_VERSION: Final = 2
 _FIELDS: Final = {"manifests", "refs", "source", "time", "version"}
 _MOVE: Final = {"id", "message", "previous", "sequence", "time", "who"}
 _NAME = re.compile(r"(\d{8}T\d{6}\.\d{3}Z)-([0-9a-f]{64})\Z")
 _STAMP: Final = "%Y%m%dT%H%M%S.%f"
+Signatures = tuple[tuple[int, bytes], ...]
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """`time` is ISO 8601 in UTC, to the millisecond; `source` says whose store it is and where; moves go from the
     oldest to the newest. The newest value of every ref is among the `manifests`, older ones as far as the store had
-    them."""
+    them. `signatures` are the files beside moves, each with the move's number, sorted."""
 
     time: str
     source: str
     refs: Mapping[RefName, tuple[RefEntry, ...]]
     manifests: tuple[ObjectId, ...]
+    signatures: Mapping[RefName, Signatures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, order=True)
@@ -77,15 +82,19 @@ def name_snapshot(snapshot: Snapshot, data: bytes) -> SnapshotName:
 def encode_snapshot(snapshot: Snapshot) -> bytes:
     """Its bytes; raises UsageError if they are more than a reader takes."""
     refs: dict[str, Json] = {str(ref): [_encode_move(move) for move in moves] for ref, moves in snapshot.refs.items()}
-    data = canonical.encode(
-        {
-            "manifests": [str(oid) for oid in snapshot.manifests],
-            "refs": refs,
-            "source": snapshot.source,
-            "time": snapshot.time,
-            "version": VERSION,
+    value: dict[str, Json] = {
+        "manifests": [str(oid) for oid in snapshot.manifests],
+        "refs": refs,
+        "source": snapshot.source,
+        "time": snapshot.time,
+        "version": SIGNED_VERSION if snapshot.signatures else VERSION,
+    }
+    if snapshot.signatures:
+        value["signatures"] = {
+            str(ref): [[number, canonical.decode(data[:-1], "a signature")] for number, data in files]
+            for ref, files in snapshot.signatures.items()
         }
-    )
+    data = canonical.encode(value)
     if len(data) > limits.SNAPSHOT_BYTES:
         raise UsageError(f"the refs and their logs take {len(data)} bytes, more than a snapshot may hold")
     return data
@@ -99,9 +108,11 @@ def decode_snapshot(data: bytes, name: SnapshotName) -> Snapshot:
     if object_id(data) != name.id:
         raise Damaged(f"{what} does not have the bytes its name stands for")
     value = canonical.decode(data, what)
-    if isinstance(value, dict) and isinstance(value.get("version"), int) and value["version"] != VERSION:
-        raise UnknownVersion(f"{what} has the unknown version {value['version']}", hint="use a newer llmos")
-    if not isinstance(value, dict) or set(value) != _FIELDS or type(value["version"]) is not int:
+    version = value.get("version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version not in (VERSION, SIGNED_VERSION):
+        raise UnknownVersion(f"{what} has the unknown version {version}", hint="use a newer llmos")
+    wanted = _FIELDS | {"signatures"} if version == SIGNED_VERSION else _FIELDS
+    if not isinstance(value, dict) or set(value) != wanted or type(version) is not int:
         raise Damaged(f"{what} does not have the fields of a snapshot")
     time, source, refs, listed = value["time"], value["source"], value["refs"], value["manifests"]
     if not (isinstance(time, str) and isinstance(source, str) and isinstance(refs, dict) and isinstance(listed, list)):
@@ -112,6 +123,7 @@ def decode_snapshot(data: bytes, name: SnapshotName) -> Snapshot:
             source,
             {parse_ref(ref): _decode_log(parse_ref(ref), moves, what) for ref, moves in refs.items()},
             tuple(_id(oid, what) for oid in listed),
+            _decode_signatures(value["signatures"], refs, what) if version == SIGNED_VERSION else {},
         )
         named = name_snapshot(snapshot, data)
     except (UsageError, ValueError) as exc:
@@ -153,6 +165,30 @@ def _decode_move(ref: RefName, move: Json, what: str) -> RefEntry:
         raise Damaged(f"{what}: a move of {ref} is malformed")
     previous = None if move["previous"] is None else _id(move["previous"], what)
     return RefEntry(ref, sequence, _id(move["id"], what), previous, str(time), str(who), str(message))
+
+
+def _decode_signatures(
+    value: Json, refs: Mapping[str, Json], what: str
+) -> dict[RefName, tuple[tuple[int, bytes], ...]]:
+    """Each is read as strictly as its file would be, and is about a ref that the snapshot has."""
+    if not isinstance(value, dict) or not value or not value.keys() <= refs.keys():
+        raise Damaged(f"{what}: its signatures are malformed")
+    found = {}
+    for text, items in value.items():
+        if not isinstance(items, list) or not items:
+            raise Damaged(f"{what}: {text} has no signatures")
+        files = []
+        for item in items:
+            if not isinstance(item, list) or len(item) != 2 or type(item[0]) is not int or not 0 < item[0] < 10**10:
+                raise Damaged(f"{what}: a signature of {text} is malformed")
+            data = canonical.encode(item[1]) + b"\n"
+            if str(decode_signature(data, f"{what}: a signature of {text}").statement.ref) != text:
+                raise Damaged(f"{what}: a signature of {text} is for another ref")
+            files.append((item[0], data))
+        if files != sorted(set(files)):
+            raise Damaged(f"{what}: the signatures of {text} are out of order")
+        found[parse_ref(text)] = tuple(files)
+    return found
 
 
 def _id(value: Json, what: str) -> ObjectId:

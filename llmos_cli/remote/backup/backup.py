@@ -28,6 +28,7 @@ from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.packs.packs import sync_index
 from llmos_cli.store.refs.moves import kept_since, unix_time
 from llmos_cli.store.refs.refs import read_ref, ref_history, ref_names
+from llmos_cli.store.refs.signatures import signature_files
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def plan_backup(store: Store, remote: Remote, now: datetime | None = None) -> Ba
             needed |= objects
     catalog = read_secured(store, remote.transport, store.progress) if ready else Catalog({}, {})
     time = (now or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="milliseconds")
-    snapshot = Snapshot(time, source_of(store), refs, tuple(sorted(manifests)))
+    signed = {ref: tuple(files) for ref in refs if (files := signature_files(store, ref))}
+    snapshot = Snapshot(time, source_of(store), refs, tuple(sorted(manifests)), signed)
     return BackupPlan(snapshot, plan_objects(store, catalog, (), frozenset(needed), initialise=not ready))
 
 

@@ -2,6 +2,7 @@
 
 A ref that is not there comes back with its whole log, byte for byte; one that has stayed behind gets the moves it
 lacks. One that has moved on or gone another way is only set back by force, as one more move: nothing is forgotten.
+Signatures come back beside the moves they were made for.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from llmos_cli.store.packs.packs import secure
 from llmos_cli.store.refs.point import confirm
 from llmos_cli.store.refs.refs import overwrite_ref, read_ref, ref_history, update_ref
 from llmos_cli.store.refs.relog import extend_log, restore_log
+from llmos_cli.store.refs.signatures import restore_signatures
 
 NEW: Final = "new"
 MOVED: Final = "moved"
@@ -91,6 +93,7 @@ def execute_restore(store: Store, remote: Remote, plan: RestorePlan, progress: P
         for item in plan.refs:
             try:
                 _restore(store, item, f"restored from {remote.label}, as of {plan.snapshot.time}")
+                restore_signatures(store, item.ref, plan.snapshot.signatures.get(item.ref, ()))
             except Conflict as exc:
                 conflicts.append(exc)
         confirm(store, objects, packs, ())

@@ -30,7 +30,7 @@ from llmos_cli.formats.signature import (
 from llmos_cli.store.disk import durable
 from llmos_cli.store.handle import Store
 from llmos_cli.store.refs.keys import SigningKey, has_cryptography, verify
-from llmos_cli.store.refs.refs import read_ref
+from llmos_cli.store.refs.refs import read_ref, ref_history
 
 GOOD: Final = "good"
 EXPIRED: Final = "expired"
@@ -156,6 +156,28 @@ def signatures_of(store: Store, ref: RefName, oid: ObjectId) -> list[bytes]:
     if has_cryptography():
         found = [item for item in found if verify(item.key, signed_bytes(item.statement), item.value)]
     return [encode_signature(item) for item in found][: limits.SIGNATURES]
+
+
+def signature_files(store: Store, ref: RefName) -> list[tuple[int, bytes]]:
+    """Every signature of a ref that can be read, good or not, with the number of its move."""
+    found = []
+    for name, data in _files(store, ref).items():
+        number = parse_signature_name(name)
+        if number and any(True for _ in _read_all([data], ref)):
+            found.append((number, data))
+    return sorted(found)
+
+
+def restore_signatures(store: Store, ref: RefName, files: Iterable[tuple[int, bytes]]) -> None:
+    """Put signatures back beside the moves they were beside, as far as a move gives the ref the value that is signed;
+    else beside the newest one that does."""
+    log = ref_history(store, ref)
+    for number, data in files:
+        (signature,) = _read_all([data], ref)
+        signed = [move for move in log if move.id == signature.statement.id]
+        beside = next((move for move in signed if move.sequence == number), signed[0] if signed else None)
+        if beside:
+            keep_signatures(store, beside, [data])
 
 
 def signers(store: Store, ref: RefName, oid: ObjectId, sequence: int | None = None) -> list[Signed]:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from llmos_cli.formats import canonical, limits
 from llmos_cli.formats.ids import ObjectId, object_id
 from llmos_cli.formats.names import RefName
 from llmos_cli.formats.reflog import RefEntry, encode_entry
+from llmos_cli.formats.signature import Signature, Statement, encode_signature
 from llmos_cli.formats.snapshot import (
     Snapshot,
     SnapshotName,
@@ -88,9 +90,45 @@ def test_what_does_not_fit_is_refused(change: Callable[[dict[str, Any]], object]
         decode_snapshot(data, SnapshotName("20261125T032312.007Z", object_id(data)))
 
 
+def signed(change: Callable[[dict[str, Any]], object] = lambda table: None) -> bytes:
+    value = encode_signature(Signature(Statement(WEB, TWO, ONE, 7, TIME), "a" * 64, bytes(64)))
+    table = json.loads(encode_snapshot(replace(SNAPSHOT, signatures={WEB: ((3, value), (7, value))})))
+    change(table)
+    return canonical.encode(table)
+
+
+def test_signatures_come_back_as_they_were() -> None:
+    data = signed()
+    back = decode_snapshot(data, SnapshotName("20261125T032312.007Z", object_id(data)))
+    assert encode_snapshot(back) == data
+    assert [number for number, _ in back.signatures[WEB]] == [3, 7]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.update(version=1),
+        lambda table: table.pop("signatures"),
+        lambda table: table.update(signatures={}),
+        lambda table: table.update(signatures={"other:latest": table["signatures"]["web:latest"]}),
+        lambda table: table.update(signatures={"tiny:latest": table["signatures"]["web:latest"]}),
+        lambda table: table["signatures"].update({"web:latest": []}),
+        lambda table: table["signatures"]["web:latest"].reverse(),
+        lambda table: table["signatures"]["web:latest"][0].append(1),
+        lambda table: table["signatures"]["web:latest"][0].__setitem__(0, "3"),
+        lambda table: table["signatures"]["web:latest"][0][1].pop("key"),
+        lambda table: table["signatures"]["web:latest"][0][1].update(more="x" * 9999),
+    ],
+)
+def test_signatures_that_do_not_fit_are_refused(change: Callable[[dict[str, Any]], object]) -> None:
+    data = signed(change)
+    with pytest.raises(Damaged, match=r"snapshot 20261125T032312\.007Z"):
+        decode_snapshot(data, SnapshotName("20261125T032312.007Z", object_id(data)))
+
+
 def test_another_version_is_named() -> None:
-    data = changed(lambda table: table.update(version=2))
-    with pytest.raises(UnknownVersion, match="unknown version 2"):
+    data = changed(lambda table: table.update(version=3))
+    with pytest.raises(UnknownVersion, match="unknown version 3"):
         decode_snapshot(data, SnapshotName("20261125T032312.007Z", object_id(data)))
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from llmos_cli.remote.transports.folder import FolderTransport
 from llmos_cli.remote.transports.objectstore import ObjectStoreTransport
 from llmos_cli.store.gc.gc import execute_gc, plan_gc
 from llmos_cli.store.handle import Store
+from llmos_cli.store.local import save_config
+from llmos_cli.store.refs.keys import load_key, new_key
 from llmos_cli.store.refs.refs import delete_ref, ref_history
+from llmos_cli.store.refs.signatures import GOOD, sign_ref, signers
 
 Exchange = Any
 Overwrite = Callable[[Path, bytes], None]
@@ -344,3 +348,29 @@ def test_times_that_mean_nothing_are_refused(at: str) -> None:
     items = found("2026-10-01 06:00", "2026-10-02 06:00")
     with pytest.raises((UsageError, NotFound)):
         choose(items, at, "ann@host:/store", "nas")
+
+
+def test_signatures_come_back_with_their_refs(exchange: Exchange, tmp_path: Path) -> None:
+    """Of earlier values, too: who has seen a later one must not take an earlier one for the newest."""
+    new_key(tmp_path / "key")
+    key = load_key(tmp_path / "key")
+    store, remote, ref = exchange.store("here"), exchange.remote(), parse_ref("tiny")
+    for seed in (1, 2):
+        exchange.commit(store, "tiny", a=exchange.noise(seed, 3000))
+        sign_ref(store, ref, key, days=None)
+    back_up(store, remote)
+    before = logs(store)
+    assert len([name for name in before if name.endswith(".sig")]) == 2
+    other = exchange.store("other")
+    restore(other, remote)
+    assert logs(other) == before
+    save_config(other, replace(other.config, trust={"alice": f"ed25519:{key.public}"}))
+    assert [item.state for item in signers(other, ref, exchange.value(other, "tiny"))] == [GOOD]
+    for name in list(before):
+        if name.endswith(".sig"):
+            (other.refs / name).unlink()
+    restore(other, remote)
+    assert logs(other) == before, "an unchanged ref gets the signatures that it lacks"
+    exchange.commit(other, "tiny", a=b"else")
+    restore(other, remote, "tiny", force=True)
+    assert [item.state for item in signers(other, ref, exchange.value(other, "tiny"))] == []

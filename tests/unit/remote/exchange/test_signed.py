@@ -15,12 +15,13 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import RefName, parse_ref
 from llmos_cli.formats.signature import Signature, Statement, decode_signature, encode_signature, signed_bytes
 from llmos_cli.progress import Silent
+from llmos_cli.remote.exchange.clone import execute_clone, plan_clone
 from llmos_cli.remote.exchange.pull import PullPlan, execute_pull, plan_pull
 from llmos_cli.remote.exchange.push import execute_push, plan_push
-from llmos_cli.remote.open import Remote, open_transport
+from llmos_cli.remote.open import Remote, find_remote, open_transport
 from llmos_cli.remote.pool.members import create_pool, open_pool
 from llmos_cli.store.handle import Store
-from llmos_cli.store.local import save_config
+from llmos_cli.store.local import open_store, save_config
 from llmos_cli.store.refs import keys, signatures
 from llmos_cli.store.refs.keys import SigningKey, load_key, new_key
 from llmos_cli.store.refs.point import point
@@ -370,3 +371,24 @@ def test_a_pool_keeps_signatures_where_it_keeps_refs(signing: Signing, tmp_path:
     remote = pool()
     execute_pull(signing.reader, remote, plan_pull(signing.reader, remote, [REF], force=False, signed=True), Silent())
     assert [item.state for item in signers(signing.reader, REF, oid)] == [GOOD]
+
+
+def test_a_clone_takes_only_what_is_signed_and_goes_on_so(signing: Signing, tmp_path: Path) -> None:
+    def clone(name: str, *keys: SigningKey) -> Path:
+        trusted = [f"ed25519:{key.public}" for key in keys]
+        plan = plan_clone("nas", Path(name), tmp_path, Silent(), trusted)
+        execute_clone(plan, Silent())
+        return plan.root
+
+    oid = signing.publish(1, sign=signing.alice)
+    with pytest.raises(Unsafe, match="signed by nobody who is trusted here"):
+        clone("first", signing.mallory)
+    with pytest.raises(UsageError, match="not a public key"):
+        plan_clone("nas", Path("second"), tmp_path, Silent(), ["ed25519:short"])
+    assert not (tmp_path / "second").exists()
+    with open_store(clone("third", signing.mallory, signing.alice)) as store:
+        assert signing.exchange.value(store, "tiny") == oid
+        assert store.config.require_signed == ("origin",)
+        signing.publish(2)
+        with pytest.raises(Unsafe, match="is not signed"):
+            plan_pull(store, find_remote(store, "origin", tmp_path), None, force=False)
