@@ -7,6 +7,11 @@ which no byte comes is given up. Until a store has answered once it is given lit
 Credentials are found by obstore where the cloud's own tools keep them for programs (environment, web identity, the
 machine's metadata service) and, where there is a ~/.aws and boto3 is installed, by boto3 (profiles, single sign-on).
 They pass through none of our hands.
+
+An answer may send a reader on to another address, and obstore, which cannot be told otherwise, follows: never from
+https:// to http:// (where clouds keep their metadata services), never with the credentials (the token of a session goes
+along, which opens nothing without its secret), never with anything that is written. What comes from there is proven by
+ids as all else, so it is refused or is what was asked for; but a server can make us ask an address that it chooses.
 """
 
 import os

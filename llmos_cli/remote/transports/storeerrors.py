@@ -23,6 +23,8 @@ _CLOCK: Final = {"RequestTimeTooSkewed", "RequestExpired"}
 _EXPIRED: Final = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 _TAKEN: Final = {"BlobAlreadyExists", "ResourceAlreadyExists"}
 _REGION: Final = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
+_ELSEWHERE: Final = (302, 303, 307, 308)
+_REDIRECT: Final = "following redirect"
 _NO_CREDENTIALS: Final = ("169.254.169.254", "169.254.170.", "token request", "MissingCredentials", "No credentials")
 _KINDS: Final = {
     "Timeout": "no answer in time",
@@ -64,7 +66,8 @@ def is_unsure(exc: BaseException) -> bool:
 
 def is_plain_http(exc: BaseException) -> bool:
     """Whether a request was not even sent because its endpoint is http:// and nobody has allowed that."""
-    return "kind: Builder" in str(exc) and "BadScheme" in str(exc)
+    text = str(exc)
+    return "kind: Builder" in text and "BadScheme" in text and _REDIRECT not in text
 
 
 def translate(exc: BaseException, scheme: str, url: str, what: str, key: str | None = None) -> LlmosError:
@@ -96,6 +99,11 @@ def translate(exc: BaseException, scheme: str, url: str, what: str, key: str | N
     if code in _REGION or status == 301:
         return AccessDenied(
             f"{url} refused {what}: the bucket is in another region{said}", hint="set AWS_REGION, or write ?region=NAME"
+        )
+    if status in _ELSEWHERE or _REDIRECT in text:
+        return Unsafe(
+            f"{url} sends on to another address while {what}, which is not followed{said}",
+            hint="write the address that it means, if you trust that one",
         )
     if _lacks_credentials(text):
         return AccessDenied(f"no credentials for {url}", hint=_WHERE_CREDENTIALS[scheme])

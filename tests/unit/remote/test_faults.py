@@ -18,7 +18,7 @@ from fault_proxy import Fault, FaultProxy, Request, fault_proxy, flipped
 from store_servers import S3Server
 
 from llmos_cli.app import main
-from llmos_cli.errors import AccessDenied, Busy, Conflict, LlmosError, NoSpace, RemoteUnavailable
+from llmos_cli.errors import AccessDenied, Busy, Conflict, LlmosError, NoSpace, RemoteUnavailable, Unsafe
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.progress import Silent
 from llmos_cli.remote import probe as probing
@@ -27,9 +27,10 @@ from llmos_cli.remote.exchange.push import PushResult, execute_push, plan_push
 from llmos_cli.remote.exchange.refs import read_remote_ref, remote_log
 from llmos_cli.remote.open import Remote
 from llmos_cli.remote.transports import locks
-from llmos_cli.remote.transports.address import parse_address
+from llmos_cli.remote.transports.address import WebAddress, parse_address
 from llmos_cli.remote.transports.locks import MARKER
 from llmos_cli.remote.transports.objectstore import ObjectStoreTransport, Patience
+from llmos_cli.remote.transports.published import WebTransport
 from llmos_cli.store.handle import Store
 
 pytestmark = pytest.mark.timeout(90)
@@ -355,3 +356,55 @@ def test_what_is_remembered_may_be_lost_or_damaged(exchange: Exchange, far: Far)
     shutil.rmtree(cache)
     far.pull(there, "b")
     assert exchange.files(there, "b") == exchange.files(here, "b")
+
+
+# --------------------------------------------------------------------------------------------------------- redirects
+
+
+@pytest.fixture
+def elsewhere(server: S3Server) -> Iterator[FaultProxy]:
+    """Another address, which answers everything with bytes of its own."""
+    with fault_proxy(server.endpoint) as proxy:
+        proxy.faults = [Fault(status=200, body=b"internal" * 100, headers={"ETag": '"1"', "Last-Modified": _LONG_AGO})]
+        yield proxy
+
+
+_LONG_AGO = "Wed, 21 Oct 2015 07:28:00 GMT"
+
+
+def test_what_comes_from_another_address_is_not_believed_and_sees_no_credentials(
+    exchange: Exchange, far: Far, elsewhere: FaultProxy
+) -> None:
+    here, there = exchange.store("here"), exchange.store("there")
+    exchange.commit(here, "a", f=exchange.noise(1))
+    far.push(here, "a")
+    far.spoil(Fault(reads_pack, status=307, headers={"Location": f"{elsewhere.url}/internal"}))
+    with pytest.raises(LlmosError):
+        far.pull(there, "a")
+    assert exchange.value(there, "a") is None
+    assert elsewhere.seen, "obstore has learned not to follow: say so in objectstore.py"
+    for request in elsewhere.seen:
+        assert "authorization" not in {name.lower() for name in request.headers}
+        assert far.server.secret not in str(request)
+
+
+def test_nothing_is_written_to_another_address(exchange: Exchange, far: Far, elsewhere: FaultProxy) -> None:
+    here = exchange.store("here")
+    exchange.commit(here, "a", f=exchange.noise(1))
+    far.transport().initialise()
+    far.spoil(Fault(writes_pack, status=307, headers={"Location": f"{elsewhere.url}/internal"}))
+    with pytest.raises(Unsafe, match="sends on to another address") as caught:
+        far.push(here, "a")
+    assert caught.value.exit_code == 14
+    assert elsewhere.seen == []
+
+
+def test_a_secure_address_never_leads_to_an_open_one(
+    elsewhere: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with store_servers.secure_redirect(tmp_path, f"{elsewhere.url}/internal") as url:
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "server.pem"))
+        web = WebTransport(WebAddress(url), HURRIED)
+        with pytest.raises(Unsafe, match="sends on to another address"):
+            web.read("FORMAT")
+    assert elsewhere.seen == []
