@@ -1,5 +1,6 @@
 """What the delta codec promises in size, and that kernels are there when they pay and never missed."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import llmos_cli
-from llmos_cli.formats import codec, kernels, native
+from llmos_cli.formats import codec, kernels, loops, native
 from llmos_cli.formats.codec import DELTA, Words
 from llmos_cli.formats.limits import KiB, MiB
 
@@ -110,6 +111,7 @@ def test_a_delta_without_its_base_and_planes_of_another_size_are_refused() -> No
 
 def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.find_kernels(2), "they are kept from here on"
+    monkeypatch.setattr(loops, "compile_loops", functools.cache(loops.compile_loops))  # it says the same every time
     linked = kernels._linked
     for name, idle in [("subtract", lambda *_: [0] * 256), ("add", lambda *_: None), ("merge", lambda *_: None)]:
         monkeypatch.setattr(kernels, "_linked", lambda *what, wrong={name: idle}: replace(linked(*what), **wrong))
@@ -174,8 +176,9 @@ def test_nothing_is_compiled_before_it_pays(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 COMPILE = """
-    import pathlib
-    from llmos_cli.formats import native
+    import functools, pathlib
+    from llmos_cli.formats import loops, native
+    loops.compile_loops = functools.cache(loops.compile_loops)  # numba's part, which says the same every time
     print(native.__file__, native.find_kernels(4) is not None)
     kept = list(pathlib.Path(native.__file__).parent.glob("__pycache__/*.kernels"))
     for path in kept:
