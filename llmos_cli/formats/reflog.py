@@ -15,6 +15,7 @@ from llmos_cli.formats.names import RefName
 
 VERSION: Final = 1
 SEQUENCE_DIGITS: Final = 10
+GONE_SUFFIX: Final = ".gone"
 _FIELDS: Final = {"id", "message", "previous", "ref", "sequence", "time", "version", "who"}
 
 
@@ -38,6 +39,16 @@ def entry_name(sequence: int) -> str:
 def parse_entry_name(name: str) -> int | None:
     """The number of a file in a ref's folder; None for anything else that may lie there."""
     return int(name) if len(name) == SEQUENCE_DIGITS and name.isascii() and name.isdecimal() else None
+
+
+def gone_name(sequence: int) -> str:
+    """The name of the file that says: this number and all before are used up, though their moves may be gone."""
+    return f"{entry_name(sequence)}{GONE_SUFFIX}"
+
+
+def parse_gone_name(name: str) -> int | None:
+    stem = name.removesuffix(GONE_SUFFIX)
+    return parse_entry_name(stem) if stem != name else None
 
 
 def encode_entry(entry: RefEntry) -> bytes:

@@ -10,9 +10,9 @@ from typing import Final
 from llmos_cli.errors import Conflict, Unsafe
 from llmos_cli.formats.layout import REFS, ref_key
 from llmos_cli.formats.names import RefName
-from llmos_cli.formats.reflog import RefEntry, parse_entry_name
+from llmos_cli.formats.reflog import RefEntry, parse_entry_name, parse_gone_name
 from llmos_cli.progress import Progress
-from llmos_cli.remote.exchange.refs import RemoteRef, list_remote_refs, read_remote_ref
+from llmos_cli.remote.exchange.refs import RemoteRef, list_remote_refs, read_remote_ref, retire
 from llmos_cli.remote.open import Remote
 from llmos_cli.remote.transports.transport import Transport
 from llmos_cli.store.handle import Store
@@ -40,12 +40,15 @@ def remove_there(transport: Transport, seen: RemoteRef, progress: Progress) -> N
         raise Conflict(
             f"ref {seen.ref} at {transport.url} moved while this was under way", hint="run the command again"
         )
+    retire(transport, seen.ref, seen.sequences[-1])
     for sequence in seen.sequences:
         transport.delete(ref_key(seen.ref, sequence))
-    left = [key for key, _ in transport.list(f"{REFS}/{seen.ref.name}/{seen.ref.tag}/")]
-    if all(parse_entry_name(key.rpartition("/")[2]) is None for key in left):
-        for key in left:
-            transport.delete(key)
+    left = {key.rpartition("/")[2]: key for key, _ in transport.list(f"{REFS}/{seen.ref.name}/{seen.ref.tag}/")}
+    if all(parse_entry_name(name) is None for name in left):
+        newest = max((name for name in left if parse_gone_name(name)), default=None)
+        for name, key in left.items():
+            if name != newest:
+                transport.delete(key)
 
 
 def surplus_here(store: Store, remote: Remote, there: Collection[RefName]) -> tuple[RefEntry, ...]:

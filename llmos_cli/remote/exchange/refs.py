@@ -1,6 +1,8 @@
 """Refs at a remote: the same numbered moves as in a store, read and made through a transport.
 
-A move is the exclusive creation of the next number; whoever comes second is told so and nothing is lost.
+A move is the exclusive creation of the next number; whoever comes second is told so and nothing is lost. A number is
+used once: where a removal whose answer was lost is asked for again, or carried out late, it must not hit a newer move
+that got the same number. So before a ref's newest move is removed its number is marked as used up.
 """
 
 from collections import defaultdict
@@ -15,11 +17,11 @@ from llmos_cli.formats import limits
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.layout import REFS, ref_key
 from llmos_cli.formats.names import RefName
-from llmos_cli.formats.reflog import RefEntry, decode_entry, encode_entry, parse_entry_name
+from llmos_cli.formats.reflog import RefEntry, decode_entry, encode_entry, gone_name, parse_entry_name, parse_gone_name
 from llmos_cli.formats.signature import parse_signature_name
 from llmos_cli.progress import Progress, Silent
 from llmos_cli.remote.exchange.parallel import in_order
-from llmos_cli.remote.transports.transport import Transport
+from llmos_cli.remote.transports.transport import SlowToAsk, Transport
 from llmos_cli.store.disk.identity import who_am_i
 
 _STREAMS: Final = 8
@@ -93,30 +95,47 @@ def list_moves(transport: Transport, ref: RefName | None = None) -> dict[RefName
 
 def move_remote_ref(transport: Transport, seen: RemoteRef, new: ObjectId, *, message: str) -> RefEntry:
     """Give a ref a new value if it still is as it was `seen`; raises Conflict if somebody was faster."""
-    sequence = seen.sequences[-1] + 1 if seen.sequences else 1
+    sequence = max([0, *seen.sequences, _used_up(transport, seen.ref)]) + 1
     time = datetime.now(UTC).isoformat(timespec="seconds")
     entry = RefEntry(seen.ref, sequence, new, seen.id, time, who_am_i(), message[:1000])
     key = ref_key(seen.ref, sequence)
     if not transport.create(key, encode_entry(entry)):
         raise _conflict(transport, seen)
     if not _follows(transport, entry):
+        retire(transport, seen.ref, sequence)
         transport.delete(key)
         raise _conflict(transport, seen)
     return entry
 
 
+def retire(transport: Transport, ref: RefName, sequence: int) -> None:
+    """Mark a number, and all below, as used up, before its move is removed. A folder removes at once or not at all."""
+    if isinstance(transport, SlowToAsk):
+        transport.create(f"{REFS}/{ref.name}/{ref.tag}/{gone_name(sequence)}", b"")
+
+
+def _used_up(transport: Transport, ref: RefName) -> int:
+    """The highest number that is marked so."""
+    if not isinstance(transport, SlowToAsk):
+        return 0
+    keys = (key for key, _ in transport.list(f"{REFS}/{ref.name}/{ref.tag}/"))
+    return max((parse_gone_name(key.rpartition("/")[2]) or 0 for key in keys), default=0)
+
+
 def _follows(transport: Transport, entry: RefEntry) -> bool:
     """Whether a move that was just made stands right after the value it replaces, and is the newest or was built upon.
 
-    It does not if the ref was removed, made anew or trimmed since it was seen.
+    It does not if the ref was removed, made anew or trimmed since it was seen, or if its number was used before.
     """
     sequences = _sequences(transport, entry.ref)
+    if _used_up(transport, entry.ref) >= entry.sequence:
+        return False
     earlier = [number for number in sequences if number < entry.sequence]
     later = [number for number in sequences if number > entry.sequence]
     if entry.sequence not in sequences or _read(transport, entry.ref, earlier, Silent()).id != entry.previous:
         return False
     after = _read_move(transport, entry.ref, later[0]) if later else None
-    return not later or (after is not None and (after.sequence, after.previous) == (entry.sequence + 1, entry.id))
+    return not later or (after is not None and after.previous == entry.id)
 
 
 def _read(transport: Transport, ref: RefName, sequences: list[int], progress: Progress) -> RemoteRef:

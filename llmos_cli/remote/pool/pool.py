@@ -129,7 +129,8 @@ class PoolTransport(SlowToAsk):
                 sizes[key][name] = size
         missing, bearable = len(self.nodes) - len(answers), self._bearable(prefix)
         if missing > bearable:
-            raise self._too_few(f"{len(self.nodes) - bearable} nodes must answer to know all there is", len(answers))
+            what = f"{len(self.nodes) - bearable} nodes must answer to know all there is"
+            raise self._too_few(what, len(answers), next(iter(self._lost.values()), None))
         return self._listed(sizes)
 
     def dated(self, prefix: str) -> Iterator[Dated]:
