@@ -153,7 +153,8 @@ OWNERS = {
     "sqlite3": ("store/packs/index.py", "the index is a cache behind one door"),
     "accelerate": ("train/", "one loop prepares devices"),
     "obstore": ("remote/transports/objectstore.py", "what it does and how it fails is known in one place"),
-    "cryptography": ("store/refs/keys.py", "what counts as a good signature is decided once"),
+    "cryptography": (("store/refs/keys.py", "store/oms.py"), "what counts as a good signature is decided once"),
+    "model_signing": ("store/oms.py", "it brings its own keys, formats and errors"),
     "fastapi": ("serve/", "HTTP stays in one room"),
 }
 

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from model_signing import hashing, verifying
 
 Llmos = Callable[..., Any]
 
@@ -102,3 +105,53 @@ def test_a_malformed_key_in_the_settings_is_refused(llmos: Llmos, store: Path) -
     config.write_text(config.read_text() + '\n[trust]\nalice = "ed25519:abc"\n')
     failed = llmos("ls")
     assert (failed.code, "[trust] alice" in failed.err) == (2, True)
+
+
+@pytest.fixture
+def release_key(folder: Path) -> Path:
+    """An elliptic-curve key as openssl makes it; the public one is in release.pub."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    path = folder / "release.key"
+    path.write_bytes(private.private_bytes(pem, serialization.PrivateFormat.TraditionalOpenSSL, plain))
+    path.chmod(0o600)
+    public = private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (folder / "release.pub").write_bytes(public)
+    return path
+
+
+def verify(folder: Path) -> None:
+    """As `model_signing verify key release --signature release/model.sig --public-key release.pub` does."""
+    verifier = verifying.Config().use_elliptic_key_verifier(public_key=folder / "release.pub")
+    hashed = hashing.Config().set_ignored_paths(paths=["model.sig"])
+    verifier.set_hashing_config(hashed).verify(folder / "release", folder / "release/model.sig")
+
+
+def test_a_checkout_is_signed_for_others(llmos: Llmos, store: Path, folder: Path, release_key: Path) -> None:
+    done = llmos("checkout", "notes", "release", "--oms", "release.key", "--json").json
+    assert done["signature"] == str(folder / "release/model.sig")
+    verify(folder)
+    assert llmos("checkout", "notes", "release", "--oms", "release.key", "--force").code == 0
+    verify(folder)
+    assert [path.name for path in (folder / "release").glob(".*")] == []
+    changed = next(path for path in (folder / "release").rglob("*") if path.is_file() and path.name != "model.sig")
+    changed.write_bytes(changed.read_bytes() + b"!")
+    with pytest.raises(ValueError, match="mismatch"):
+        verify(folder)
+
+
+def test_what_would_sign_the_wrong_thing_is_refused_before_anything_is_written(
+    llmos: Llmos, store: Path, folder: Path, release_key: Path
+) -> None:
+    llmos("tag", "--new-key", "alice.key")
+    for path, code, word in (("alice.key", 2, "elliptic-curve"), ("absent.key", 10, "absent.key")):
+        failed = llmos("checkout", "notes", "release", "--oms", path)
+        assert (failed.code, word in failed.err) == (code, True)
+    (folder / "release").mkdir()
+    (folder / "release/other.txt").write_bytes(b"not ours")
+    failed = llmos("checkout", "notes", "release", "--oms", "release.key")
+    assert (failed.code, "other.txt" in failed.err) == (14, True)
+    release_key.chmod(0o644)
+    assert llmos("checkout", "notes", "elsewhere", "--oms", "release.key").code == 14
+    assert not (folder / "elsewhere").exists()
+    assert [path.name for path in (folder / "release").iterdir()] == ["other.txt"]
