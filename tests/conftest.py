@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import pytest
 import store_servers
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores, and a thread that waits for work takes one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
