@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # a machine that does other things too is slow
 
 
 def llmos(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
