@@ -22,29 +22,29 @@ _llmos_spec() {
             rest="files refs"
             ;;
         "checkout")
-            opts=(--force --dry-run --store --json --quiet -q --verbose -v --help -h)
-            valued=(--store)
+            opts=(--force --oms --dry-run --store --json --quiet -q --verbose -v --help -h)
+            valued=(--oms --store)
             places=(refs dirs)
             ;;
         "ls")
             opts=(--store --json --quiet -q --verbose -v --help -h)
             valued=(--store)
-            places=("")
+            places=(anywhere)
             ;;
         "show")
             opts=(--files --tensors --sha256 --store --json --quiet -q --verbose -v --help -h)
             valued=(--store)
-            places=(refs)
+            places=(anywhere)
             ;;
         "log")
             opts=(--store --json --quiet -q --verbose -v --help -h)
             valued=(--store)
-            places=(refs)
+            places=(anywhere)
             ;;
         "diff")
             opts=(--all --exit-code --store --json --quiet -q --verbose -v --help -h)
             valued=(--store)
-            places=(refs refs)
+            places=(anywhere anywhere)
             ;;
         "tag")
             opts=(--force --sign --valid-days --new-key --store --json --quiet -q --verbose -v --help -h)
@@ -64,8 +64,8 @@ _llmos_spec() {
             rest=refs
             ;;
         "gc")
-            opts=(--dry-run --grace --repack --why --undelete --store --json --quiet -q --verbose -v --help -h)
-            valued=(--grace --why --store)
+            opts=(--dry-run --grace --repack --why --undelete --remote --store --json --quiet -q --verbose -v --help -h)
+            valued=(--grace --why --remote --store)
             places=(refs)
             rest=refs
             ;;
@@ -86,8 +86,8 @@ _llmos_spec() {
             rest=refs
             ;;
         "clone")
-            opts=(--store --json --quiet -q --verbose -v --help -h)
-            valued=(--store)
+            opts=(--require-signed --store --json --quiet -q --verbose -v --help -h)
+            valued=(--require-signed --store)
             places=(dirs dirs)
             ;;
         "backup")
@@ -118,8 +118,8 @@ _llmos_spec() {
             places=(refs)
             ;;
         "quantize")
-            opts=(--scheme --data --max-rows --store --json --quiet -q --verbose -v --help -h)
-            valued=(--scheme --data --max-rows --store)
+            opts=(--scheme --group --method --data --calibrate-on --calibration-rows --max-rows --store --json --quiet -q --verbose -v --help -h)
+            valued=(--scheme --group --method --data --calibrate-on --calibration-rows --max-rows --store)
             places=(refs refs)
             ;;
         "serve")
@@ -208,11 +208,15 @@ _llmos_value() {
     kind=
     case "$1 $2" in
         " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
-        "add --base" | "pull --as" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data") kind=refs ;;
-        "tag --sign" | "tag --new-key" | "train --config") kind=files ;;
+        "add --base" | "pull --as" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data" | "quantize --calibrate-on") kind=refs ;;
+        "checkout --oms" | "tag --sign" | "tag --new-key" | "train --config") kind=files ;;
+        "gc --remote") kind=remotes ;;
         "fsck --from") kind="remotes dirs" ;;
         "shard --tokenizer") kind="refs dirs" ;;
         "train --precision") kind="words fp32 bf16" ;;
+        "quantize --scheme") kind="words int8 int4 w8a8 fp8" ;;
+        "quantize --group") kind="words 32 64 128" ;;
+        "quantize --method") kind="words gptq search rtn" ;;
     esac
 }
 
@@ -267,6 +271,26 @@ _llmos_remotes() {
             [[ $line == "$1"* ]] && COMPREPLY+=("$line")
         fi
     done < "$_llmos_root/config.toml"
+}
+
+# Refs here, and REMOTE/REF; what a remote has is what the store has seen there.
+_llmos_anywhere() {
+    local name=${1%%/*} line start=${#COMPREPLY[@]} index _llmos_root
+    if [[ $1 != */* ]]; then
+        _llmos_refs "$1"
+        start=${#COMPREPLY[@]}
+        _llmos_remotes "$1"
+        for ((index = start; index < ${#COMPREPLY[@]}; index++)); do
+            COMPREPLY[index]+=/
+        done
+        ((start == 0 && index == 1)) && compopt -o nospace 2> /dev/null
+        return
+    fi
+    _llmos_store
+    [[ -r $_llmos_root/cache/refs-$name ]] || return
+    while IFS= read -r line; do
+        [[ $name/$line == "$1"* ]] && COMPREPLY+=("$name/$line")
+    done < "$_llmos_root/cache/refs-$name"
 }
 
 # Put together again what bash split at ':' and '=': what follows without a space belongs to the word before.
@@ -363,6 +387,7 @@ _llmos_candidates() {
     for part in $kind; do
         case $part in
             refs) _llmos_refs "$cur" ;;
+            anywhere) _llmos_anywhere "$cur" ;;
             remotes) _llmos_remotes "$cur" ;;
             files | dirs)
                 [[ $cur == *[\"\'\\~]* ]] && continue

@@ -63,12 +63,30 @@ function __llmos_remotes
     set -l inside 0
     test -r $root/config.toml; or return
     while read -l line
-        if string match -q '[[]*' -- $line
-            string match -q '[[]remotes]*' -- $line; and set inside 1; or set inside 0
+        if string match -q '[*' -- $line
+            string match -q '[remotes]*' -- $line; and set inside 1; or set inside 0
         else if test $inside = 1; and string match -q '*=*' -- $line
             string replace -r '\s*=.*' '' -- $line | string trim -c '"\' '
         end
     end < $root/config.toml
+end
+
+# Refs here, and REMOTE/REF; what a remote has is what the store has seen there.
+function __llmos_anywhere
+    set -l typed (commandline -ct)
+    if not string match -q '*/*' -- $typed
+        __llmos_refs
+        for name in (__llmos_remotes)
+            echo $name/
+        end
+        return
+    end
+    set -l name (string split -m 1 / -- $typed)[1]
+    set -l root (__llmos_store)
+    test -r $root/cache/refs-$name; or return
+    while read -l line
+        echo $name/$line
+    end < $root/cache/refs-$name
 end
 
 complete -c llmos -f
@@ -131,6 +149,7 @@ complete -c llmos -n '__llmos_at add' -l help -s h -d 'Show help and exit.'
 # llmos checkout
 complete -c llmos -n '__llmos_at checkout' -f -a '(__llmos_refs) (__fish_complete_directories)'
 complete -c llmos -n '__llmos_at checkout' -l force -d 'Replace files that are there.'
+complete -c llmos -n '__llmos_at checkout' -l oms -r -F -d 'Sign what is written, for model_signing, with this private key.'
 complete -c llmos -n '__llmos_at checkout' -l dry-run -d 'Only say what would be written.'
 complete -c llmos -n '__llmos_at checkout' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at checkout' -l json -d 'One JSON object on stdout.'
@@ -139,6 +158,7 @@ complete -c llmos -n '__llmos_at checkout' -l verbose -s v -d 'More about what h
 complete -c llmos -n '__llmos_at checkout' -l help -s h -d 'Show help and exit.'
 
 # llmos ls
+complete -c llmos -n '__llmos_at ls' -f -a '(__llmos_anywhere)'
 complete -c llmos -n '__llmos_at ls' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at ls' -l json -d 'One JSON object on stdout.'
 complete -c llmos -n '__llmos_at ls' -l quiet -s q -d 'No messages, no progress.'
@@ -146,7 +166,7 @@ complete -c llmos -n '__llmos_at ls' -l verbose -s v -d 'More about what happens
 complete -c llmos -n '__llmos_at ls' -l help -s h -d 'Show help and exit.'
 
 # llmos show
-complete -c llmos -n '__llmos_at show' -f -a '(__llmos_refs)'
+complete -c llmos -n '__llmos_at show' -f -a '(__llmos_anywhere)'
 complete -c llmos -n '__llmos_at show' -l files -d 'List every file.'
 complete -c llmos -n '__llmos_at show' -l tensors -d 'List every tensor: dtype, shape, bytes, and as stored.'
 complete -c llmos -n '__llmos_at show' -l sha256 -d 'List the SHA-256 of every file, as sha256sum does.'
@@ -157,7 +177,7 @@ complete -c llmos -n '__llmos_at show' -l verbose -s v -d 'More about what happe
 complete -c llmos -n '__llmos_at show' -l help -s h -d 'Show help and exit.'
 
 # llmos log
-complete -c llmos -n '__llmos_at log' -f -a '(__llmos_refs)'
+complete -c llmos -n '__llmos_at log' -f -a '(__llmos_anywhere)'
 complete -c llmos -n '__llmos_at log' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at log' -l json -d 'One JSON object on stdout.'
 complete -c llmos -n '__llmos_at log' -l quiet -s q -d 'No messages, no progress.'
@@ -165,7 +185,7 @@ complete -c llmos -n '__llmos_at log' -l verbose -s v -d 'More about what happen
 complete -c llmos -n '__llmos_at log' -l help -s h -d 'Show help and exit.'
 
 # llmos diff
-complete -c llmos -n '__llmos_at diff' -f -a '(__llmos_refs)'
+complete -c llmos -n '__llmos_at diff' -f -a '(__llmos_anywhere)'
 complete -c llmos -n '__llmos_at diff' -l all -d 'List all that differs, not only a screenful.'
 complete -c llmos -n '__llmos_at diff' -l exit-code -d 'Exit with 1 if they differ.'
 complete -c llmos -n '__llmos_at diff' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
@@ -210,6 +230,7 @@ complete -c llmos -n '__llmos_at gc' -l grace -r -f -d 'Age before data may go. 
 complete -c llmos -n '__llmos_at gc' -l repack -d 'First store anew what today\'s codecs would make smaller.'
 complete -c llmos -n '__llmos_at gc' -l why -r -f -d 'Only say what keeps a REF, @ID or pack.'
 complete -c llmos -n '__llmos_at gc' -l undelete -d 'Bring back what is in the trash.'
+complete -c llmos -n '__llmos_at gc' -l remote -r -f -a '(__llmos_remotes)' -d 'Give back space there, not here.'
 complete -c llmos -n '__llmos_at gc' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at gc' -l json -d 'One JSON object on stdout.'
 complete -c llmos -n '__llmos_at gc' -l quiet -s q -d 'No messages, no progress.'
@@ -260,6 +281,7 @@ complete -c llmos -n '__llmos_at pull' -l help -s h -d 'Show help and exit.'
 
 # llmos clone
 complete -c llmos -n '__llmos_at clone' -f -a '(__fish_complete_directories)'
+complete -c llmos -n '__llmos_at clone' -l require-signed -r -f -d 'Take only what the owner of this key has signed; may be given again.'
 complete -c llmos -n '__llmos_at clone' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at clone' -l json -d 'One JSON object on stdout.'
 complete -c llmos -n '__llmos_at clone' -l quiet -s q -d 'No messages, no progress.'
@@ -340,8 +362,12 @@ complete -c llmos -n '__llmos_at eval' -l help -s h -d 'Show help and exit.'
 
 # llmos quantize
 complete -c llmos -n '__llmos_at quantize' -f -a '(__llmos_refs)'
-complete -c llmos -n '__llmos_at quantize' -l scheme -r -f -d 'How weights are stored: int8 (8 bits, one scale a row).'
-complete -c llmos -n '__llmos_at quantize' -l data -r -f -a '(__llmos_refs)' -d 'The dataset to compare on.  [default: the one it was trained on]'
+complete -c llmos -n '__llmos_at quantize' -l scheme -r -f -a 'int8 int4 w8a8 fp8' -d 'How weights are stored; see below.'
+complete -c llmos -n '__llmos_at quantize' -l group -r -f -a '32 64 128' -d 'Of int4: weights of a row with one scale.  [default: 32]'
+complete -c llmos -n '__llmos_at quantize' -l method -r -f -a 'gptq search rtn' -d 'Of int4: calibrated on data, the best scales without data, or plain rounding.  [default: gptq]'
+complete -c llmos -n '__llmos_at quantize' -l data -r -f -a '(__llmos_refs)' -d 'To calibrate and compare on.  [default: what the model was trained on]'
+complete -c llmos -n '__llmos_at quantize' -l calibrate-on -r -f -a '(__llmos_refs)' -d 'To calibrate on, if not --data.'
+complete -c llmos -n '__llmos_at quantize' -l calibration-rows -r -f -d 'Calibrate on this many evenly spaced rows.'
 complete -c llmos -n '__llmos_at quantize' -l max-rows -r -f -d 'Compare on this many evenly spaced rows.'
 complete -c llmos -n '__llmos_at quantize' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at quantize' -l json -d 'One JSON object on stdout.'

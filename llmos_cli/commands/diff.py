@@ -35,8 +35,8 @@ CUT_JSON = 500
 
 def diff(
     ctx: typer.Context,
-    old: Annotated[str, typer.Argument(metavar="OLD_REF", help="What it was, or REMOTE/REF.", show_default=False)],
-    new: Annotated[str, typer.Argument(metavar="NEW_REF", help="What it is now, or REMOTE/REF.", show_default=False)],
+    old: Annotated[str, typer.Argument(metavar="[REMOTE/]OLD_REF", help="What it was.", show_default=False)],
+    new: Annotated[str, typer.Argument(metavar="[REMOTE/]NEW_REF", help="What it is now.", show_default=False)],
     *,
     everything: Annotated[bool, typer.Option("--all", help="List all that differs, not only a screenful.")] = False,
     exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 1 if they differ.")] = False,

@@ -21,7 +21,7 @@ SHOWN_PARAMS = 6
 
 def log(
     ctx: typer.Context,
-    ref: Annotated[str, typer.Argument(metavar="REF", help="Whose history, or REMOTE/REF.", show_default=False)],
+    ref: Annotated[str, typer.Argument(metavar="[REMOTE/]REF", help="Whose history.", show_default=False)],
 ) -> None:
     """Show a ref's history and the tree of what it was made from.
 

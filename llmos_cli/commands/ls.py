@@ -20,7 +20,9 @@ def ls(
     pattern: Annotated[
         str | None,
         typer.Argument(
-            metavar="PATTERN", help="Only refs that match, as in 'web*', or REMOTE/PATTERN.", show_default=False
+            metavar="[REMOTE/]PATTERN",
+            help="Only refs that match, as in 'web*', or REMOTE/PATTERN.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -59,9 +61,11 @@ def ls(
 
         entries: dict[str, RefEntry | None] = {}  # None: damaged
         if view:
+            from llmos_cli.remote.exchange.known import note_all_refs, note_refs
             from llmos_cli.remote.exchange.refs import list_remote_refs
 
             there = list_remote_refs(view.remote.transport, store.progress, matches)
+            (note_refs if wanted else note_all_refs)(store, view.remote, there)
             entries = {str(ref): seen.entry for ref, seen in there.items()}
         for ref in () if view else names:
             if not matches(ref):

@@ -41,6 +41,7 @@ def push(
       llmos push /mnt/usb/models --all --dry-run
     """
     from llmos_cli.formats.names import parse_ref
+    from llmos_cli.remote.exchange.known import note_refs
     from llmos_cli.remote.exchange.prune import remove_there, surplus_there
     from llmos_cli.remote.exchange.push import execute_push, plan_push
     from llmos_cli.remote.open import find_remote
@@ -62,6 +63,7 @@ def push(
         done = None if dry_run else execute_push(store, target, plan, here.out.progress)
         for seen in () if dry_run else surplus:
             remove_there(target.transport, seen, here.out.progress)
+            note_refs(store, target, (), gone=[seen.ref])
     seconds = time.monotonic() - start
     sent = done.sent if done else plan.total_bytes
     packs = done.packs if done else len(plan.shipments)

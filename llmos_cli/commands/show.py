@@ -24,7 +24,9 @@ TRAINING = "training/"  # a checkpoint's state beside its model
 
 def show(
     ctx: typer.Context,
-    ref: Annotated[str, typer.Argument(metavar="REF", help="What to show, or REMOTE/REF.", show_default=False)],
+    ref: Annotated[
+        str, typer.Argument(metavar="[REMOTE/]REF", help="What to show, here or there.", show_default=False)
+    ],
     *,
     files: Annotated[bool, typer.Option("--files", help="List every file.")] = False,
     tensors: Annotated[

@@ -21,13 +21,16 @@ Press = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with the refs web:latest, web:v2, tiny:step-10, and some files beside it."""
+    """A store with the refs web:latest, web:v2, tiny:step-10, some files beside it, and a remote that has the refs."""
     here = tmp_path_factory.mktemp("tab")
     (here / "corpus").mkdir()
     (here / "corpus" / "a text.txt").write_text("words")
     (here / "notes.txt").write_text("words")
     for words in (["init"], *(["add", "notes.txt", ref] for ref in ("web", "web:v2", "tiny:step-10"))):
         subprocess.run([sys.executable, "-m", "llmos_cli", *words], cwd=here, check=True, capture_output=True)
+    for words in (["remote", "add", "nas", "mirror"], ["push", "nas", "--all"], ["rm", "web"]):
+        subprocess.run([sys.executable, "-m", "llmos_cli", *words], cwd=here, check=True, capture_output=True)
+    shutil.rmtree(here / "mirror")
     with open(here / ".llmos" / "config.toml", "a", encoding="utf-8") as config:
         config.write('"backup" = "/mnt/backup"\n')
     return here
@@ -75,7 +78,7 @@ def typed(screen: str) -> str:
     [
         ("llmos check", "llmos checkout"),
         ("llmos gc --dr", "llmos gc --dry-run"),
-        ("llmos show we", "llmos show web"),
+        ("llmos show we", "llmos show web:v2"),
         ("llmos show tiny:", "llmos show tiny:step-10"),
         ("llmos show web:v", "llmos show web:v2"),
         ("llmos show ti", "llmos show tiny:step-10"),
@@ -93,6 +96,14 @@ def typed(screen: str) -> str:
         ("llmos remote a", "llmos remote add"),
         ("llmos rm web ti", "llmos rm web tiny:step-10"),
         ("llmos show @ab", "llmos show @ab"),
+        ("llmos show na", "llmos show nas/"),
+        ("llmos show nas/ti", "llmos show nas/tiny:step-10"),
+        ("llmos show nas/web:", "llmos show nas/web:v2"),
+        ("llmos diff web:v2 nas/t", "llmos diff web:v2 nas/tiny:step-10"),
+        ("llmos ls nas/t", "llmos ls nas/tiny:step-10"),
+        ("llmos show other/t", "llmos show other/t"),
+        ("llmos pull n", "llmos pull nas"),
+        ("llmos gc --remote n", "llmos gc --remote nas"),
         ("llmos nonsense x", "llmos nonsense x"),
     ],
 )
@@ -102,7 +113,7 @@ def test_a_tab_completes(press: Press, line: str, completed: str) -> None:
 
 def test_two_tabs_list_refs(press: Press) -> None:
     screen = press("llmos show ", 2)
-    assert {"web", "web:v2", "tiny:step-10"} <= set(screen.split())
+    assert {"web:v2", "tiny:step-10", "nas/", "backup/"} <= set(screen.split())
     assert "notes.txt" not in screen, "a file is not a ref"
 
 

@@ -23,6 +23,7 @@ from llmos_cli.progress import Progress
 from llmos_cli.remote.exchange.ancestry import remote_held, rests_on
 from llmos_cli.remote.exchange.catalog import Catalog, Place, RemotePack, read_catalog, with_trash
 from llmos_cli.remote.exchange.fetch import BadPack, Fetch, fetch, fetch_manifest
+from llmos_cli.remote.exchange.known import note_refs
 from llmos_cli.remote.exchange.refs import RemoteRef, list_remote_refs, read_remote_ref
 from llmos_cli.remote.exchange.signed import check_signed, must_be_signed, read_remote_signatures
 from llmos_cli.remote.open import Remote, require_ready
@@ -171,6 +172,7 @@ def execute_pull(store: Store, remote: Remote, plan: PullPlan, progress: Progres
             current = read_ref(store, item.ref) if plan.signatures.get(item.ref) else None
             if current and current.id == item.id:
                 keep_signatures(store, current, plan.signatures[item.ref])
+        note_refs(store, remote, [item.ref for item in plan.refs])
         if conflicts:
             raise conflicts[0]
     missing = {entry.id for item in plan.fetches for entry in item.entries} & plan.needed.keys()

@@ -18,6 +18,7 @@ from llmos_cli.formats.names import RefName
 from llmos_cli.progress import Progress
 from llmos_cli.remote.exchange.ancestry import rests_on
 from llmos_cli.remote.exchange.catalog import Catalog, list_remote_packs
+from llmos_cli.remote.exchange.known import note_refs
 from llmos_cli.remote.exchange.refs import RemoteRef, list_remote_refs, move_remote_ref, read_remote_ref
 from llmos_cli.remote.exchange.send import Shipment, plan_shipments, send
 from llmos_cli.remote.exchange.signed import send_signatures
@@ -128,6 +129,7 @@ def execute_push(store: Store, remote: Remote, plan: PushPlan, progress: Progres
             look_again(store, remote, plan, sent, progress)
         if (sent or signed or any(item.moves for item in plan.refs)) and is_published(remote.transport):
             publish(store, remote.transport)
+        note_refs(store, remote, [item.ref for item in plan.refs])
         if conflicts:
             raise conflicts[0]
     return PushResult(plan.refs, sum(sent.values()), len(sent), plan.present, plan.present_bytes, signed)

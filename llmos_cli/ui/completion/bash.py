@@ -67,6 +67,26 @@ _llmos_remotes() {
     done < "$_llmos_root/config.toml"
 }
 
+# Refs here, and REMOTE/REF; what a remote has is what the store has seen there.
+_llmos_anywhere() {
+    local name=${1%%/*} line start=${#COMPREPLY[@]} index _llmos_root
+    if [[ $1 != */* ]]; then
+        _llmos_refs "$1"
+        start=${#COMPREPLY[@]}
+        _llmos_remotes "$1"
+        for ((index = start; index < ${#COMPREPLY[@]}; index++)); do
+            COMPREPLY[index]+=/
+        done
+        ((start == 0 && index == 1)) && compopt -o nospace 2> /dev/null
+        return
+    fi
+    _llmos_store
+    [[ -r $_llmos_root/cache/refs-$name ]] || return
+    while IFS= read -r line; do
+        [[ $name/$line == "$1"* ]] && COMPREPLY+=("$name/$line")
+    done < "$_llmos_root/cache/refs-$name"
+}
+
 # Put together again what bash split at ':' and '=': what follows without a space belongs to the word before.
 _llmos_split() {
     local line=${COMP_LINE:0:COMP_POINT} index word count=0
@@ -161,6 +181,7 @@ _llmos_candidates() {
     for part in $kind; do
         case $part in
             refs) _llmos_refs "$cur" ;;
+            anywhere) _llmos_anywhere "$cur" ;;
             remotes) _llmos_remotes "$cur" ;;
             files | dirs)
                 [[ $cur == *[\"\'\\~]* ]] && continue

@@ -69,12 +69,30 @@ function __llmos_remotes
     set -l inside 0
     test -r $root/config.toml; or return
     while read -l line
-        if string match -q '[[]*' -- $line
-            string match -q '[[]remotes]*' -- $line; and set inside 1; or set inside 0
+        if string match -q '[*' -- $line
+            string match -q '[remotes]*' -- $line; and set inside 1; or set inside 0
         else if test $inside = 1; and string match -q '*=*' -- $line
             string replace -r '\s*=.*' '' -- $line | string trim -c '"\' '
         end
     end < $root/config.toml
+end
+
+# Refs here, and REMOTE/REF; what a remote has is what the store has seen there.
+function __llmos_anywhere
+    set -l typed (commandline -ct)
+    if not string match -q '*/*' -- $typed
+        __llmos_refs
+        for name in (__llmos_remotes)
+            echo $name/
+        end
+        return
+    end
+    set -l name (string split -m 1 / -- $typed)[1]
+    set -l root (__llmos_store)
+    test -r $root/cache/refs-$name; or return
+    while read -l line
+        echo $name/$line
+    end < $root/cache/refs-$name
 end
 
 complete -c llmos -f
@@ -116,7 +134,12 @@ def _value(value: Value) -> str:
     """What may be offered; files are asked for with -F, everything else is a list."""
     if value.words:
         return f" -f -a {_quote(' '.join(value.words))}"
-    listed = {"refs": "(__llmos_refs)", "remotes": "(__llmos_remotes)", "dirs": "(__fish_complete_directories)"}
+    listed = {
+        "refs": "(__llmos_refs)",
+        "anywhere": "(__llmos_anywhere)",
+        "remotes": "(__llmos_remotes)",
+        "dirs": "(__fish_complete_directories)",
+    }
     offers = " ".join(listed[kind] for kind in value.kinds if kind in listed)
     files = " -F" if "files" in value.kinds else " -f"
     return files + (f" -a {_quote(offers)}" if offers else "")

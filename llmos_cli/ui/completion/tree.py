@@ -1,7 +1,8 @@
 """The command tree as plain values: what a shell has to know to complete a command line.
 
 Read from the attributes of the built application; knows nothing of shells. What a value is, is told by its metavar:
-REF and NAME are refs, PATH and FILE files, DIR and URL folders, REMOTE a remote, `a|b` in lower case a choice.
+REF and NAME are refs, PATH and FILE files, DIR and URL folders, REMOTE a remote, [REMOTE/]REF a ref here or one seen
+there, `a|b` in lower case a choice.
 """
 
 import re
@@ -18,12 +19,14 @@ _KINDS: Final = {
     "URL": "dirs",
     "REMOTE": "remotes",
 }
+_ANYWHERE: Final = "[REMOTE/]"
 _CHOICES = re.compile(r"[a-z0-9.-]+(\|[a-z0-9.-]+)+\Z")
 
 
 @dataclass(frozen=True)
 class Value:
-    """What may stand in a place: `kinds` out of refs, files, dirs, remotes; and fixed words."""
+    """What may stand in a place: `kinds` out of refs, anywhere (refs, here or at remotes), files, dirs, remotes; and
+    fixed words."""
 
     kinds: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
@@ -97,6 +100,8 @@ def _value(param: Any) -> Value:
     if _CHOICES.match(metavar):
         return Value(words=tuple(metavar.split("|")))
     choices = getattr(param.type, "choices", None) or ()
+    if metavar.startswith(_ANYWHERE):
+        return Value(("anywhere",))
     kinds = _unique(tuple(_KINDS[word] for word in re.findall(r"[A-Z]+", metavar) if word in _KINDS))
     if not kinds and getattr(param.type, "name", "") in ("path", "file", "directory"):
         kinds = ("files",)

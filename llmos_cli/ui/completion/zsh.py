@@ -41,6 +41,21 @@ _llmos_refs() {
     compadd -a refs
 }
 
+# Refs here, and REMOTE/REF; what a remote has is what the store has seen there.
+_llmos_anywhere() {
+    local REPLY name=${PREFIX%%/*}
+    if [[ $PREFIX != */* ]]; then
+        _llmos_refs
+        _llmos_remotes -S / -q
+        return
+    fi
+    _llmos_store
+    [[ -r $REPLY/cache/refs-$name ]] || return
+    local -a refs=($name/${^${(f)"$(<$REPLY/cache/refs-$name)"}})
+    compadd -a refs
+}
+
+# With the options of compadd that are given.
 _llmos_remotes() {
     local REPLY line inside
     local -a remotes
@@ -53,7 +68,7 @@ _llmos_remotes() {
             remotes+=(${${line%%=*}//[\"\' ]/})
         fi
     done < $REPLY/config.toml
-    compadd -a remotes
+    compadd "$@" -a remotes
 }
 
 _llmos_any() {
@@ -62,6 +77,7 @@ _llmos_any() {
         case $kind in
             refs) _llmos_refs ;;
             remotes) _llmos_remotes ;;
+            anywhere) _llmos_anywhere ;;
             files) _files ;;
             dirs) _files -/ ;;
         esac

@@ -341,7 +341,7 @@ def test_what_is_remembered_may_be_lost_or_damaged(exchange: Exchange, far: Far)
     far.push(here, "a", "b")
     far.pull(there, "a")
     cache = there.root / "cache"
-    (file,) = cache.iterdir()
+    (file,) = [path for path in cache.iterdir() if not path.name.startswith("refs-")]
 
     def asked() -> int:
         far.proxy.forget()
