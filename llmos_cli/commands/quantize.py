@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from llmos_cli.quantize.run import QuantizeResult
     from llmos_cli.ui.output import Output
 
-SCHEMES = ("int8",)
 SHOWN_KEPT = 8
 
 
@@ -23,27 +22,51 @@ def quantize(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The ref to move, NAME or NAME:TAG.", show_default=False)],
     *,
     scheme: Annotated[
-        str, typer.Option("--scheme", help="How weights are stored: int8 (8 bits, one scale a row).")
+        str, typer.Option("--scheme", metavar="int8|int4|w8a8|fp8", help="How weights are stored; see below.")
     ] = "int8",
+    group: Annotated[
+        int | None,
+        typer.Option("--group", metavar="32|64|128", help="Of int4: weights of a row with one scale.  [default: 32]"),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="gptq|search|rtn",
+            help="Of int4: calibrated on data, the best scales without data, or plain rounding.  [default: gptq]",
+        ),
+    ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="REF", help="The dataset to compare on.  [default: the one it was trained on]"),
+        typer.Option(
+            "--data", metavar="REF", help="To calibrate and compare on.  [default: what the model was trained on]"
+        ),
     ] = None,
+    calibrate_on: Annotated[
+        str | None,
+        typer.Option("--calibrate-on", metavar="REF", help="To calibrate on, if not --data.", show_default=False),
+    ] = None,
+    calibration_rows: Annotated[
+        int, typer.Option("--calibration-rows", metavar="N", min=1, help="Calibrate on this many evenly spaced rows.")
+    ] = 128,
     max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Compare on this many evenly spaced rows.")] = 128,
 ) -> None:
     """Make a model smaller and say what that costs in quality.
 
-    Linear layers and the input embedding become int8; what stays is listed with the reason. Perplexity is measured
-    before and after. The same model again is found in the store at once.
+    int8: 8 bits, a scale a row; the embedding too. int4: 4 bits in groups, the embedding and the head in 8; what the
+    layers get as input is taken from the dataset. w8a8: 8 bits, and 8 bits of what goes into a layer. fp8: the same
+    with floats. What does not take the form is listed with the reason. Perplexity is measured before and after. The
+    same model again is found in the store at once; a calibration that was stopped goes on where it was.
 
     Examples:
       llmos quantize tiny tiny-int8 --scheme int8
-      llmos quantize base base:int8 --data web --max-rows 32
-      llmos quantize tiny tiny-int8 --json
+      llmos quantize base base:int4 --scheme int4 --data web
+      llmos quantize base base:int4 --scheme int4 --method search --group 64 --json
     """
     from llmos_cli.formats.names import parse_ref
     from llmos_cli.quantize.quality import dataset_of, evaluate
-    from llmos_cli.quantize.run import quantize_int8
+    from llmos_cli.quantize.run import METHODS, SCHEMES, make_request
+    from llmos_cli.quantize.run import quantize as run
     from llmos_cli.store.leases import hold
     from llmos_cli.store.packs.objects import read_manifest
     from llmos_cli.store.refs.lineage import ref_labels
@@ -52,9 +75,10 @@ def quantize(
     here = session(ctx)
     out = here.out
     target = parse_ref(name)
-    if scheme not in SCHEMES:
-        near = difflib.get_close_matches(scheme, SCHEMES, 1, 0.3)
-        raise UsageError(f"unknown scheme {scheme!r}", hint=f"use --scheme {(near or SCHEMES)[0]}")
+    for what, word, known in (("scheme", scheme, SCHEMES), ("method", method, METHODS)):
+        if word is not None and word not in known:
+            near = difflib.get_close_matches(word, known, 1, 0.3)
+            raise UsageError(f"unknown {what} {word!r}", hint=f"use --{what} {(near or known)[0]}")
     with here.open_store() as store:
         source = resolve(store, ref)
         with hold(store, "quantize", [source.id]):
@@ -63,10 +87,18 @@ def quantize(
                 found = dataset_of(store, read_manifest(store, source.id))
                 labels = ref_labels(store).get(found, ()) if found else ()
                 dataset = resolve(store, labels[0]) if labels else Resolved(found, None) if found else None
+            calibration = resolve(store, calibrate_on) if calibrate_on else dataset
+            request = make_request(
+                scheme,
+                group=group,
+                method=method,
+                data=calibration.id if calibration else None,
+                rows=calibration_rows,
+            )
             before = after = None
             if dataset:
                 before = evaluate(store, source.id, dataset.id, max_rows=max_rows, progress=out.progress)
-            result = quantize_int8(store, source.id, target, progress=out.progress)
+            result = run(store, source.id, request, target, progress=out.progress)
             if dataset:
                 after = evaluate(store, result.id, dataset.id, max_rows=max_rows, progress=out.progress)
     out.result(
@@ -75,6 +107,7 @@ def quantize(
             "ref": str(target),
             "kind": "model",
             "scheme": scheme,
+            "method": result.method,
             "source": str(source.id),
             "bytes_before": result.bytes_before,
             "bytes_after": result.bytes_after,

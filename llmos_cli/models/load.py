@@ -16,8 +16,9 @@ from llmos_cli.errors import Damaged, LlmosError, UsageError
 from llmos_cli.formats import canonical
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models import config as configs
-from llmos_cli.models.quantized import SCALE, prepare_quantized, read_scheme
+from llmos_cli.models.quantized import SCALE, prepare_quantized
 from llmos_cli.models.quiet import quiet
+from llmos_cli.models.schemes import read_scheme
 from llmos_cli.models.weights import load_state_dict
 from llmos_cli.progress import Progress, Silent
 from llmos_cli.store.local import Store

@@ -1,14 +1,9 @@
-"""Int8 weights: one symmetric scale a row, and the modules that compute with them without unpacking the model.
+"""Modules that compute with quantized weights without unpacking the model, and putting them where a scheme says.
 
-In a file a quantized weight `X.weight` is I8 [rows, columns] beside `X.weight_scale` F32 [rows, 1]; the value is
-weight * scale. config.json says so in the words of compressed-tensors ("int-quantized", 8 bits, by channel): `targets`
-are module classes, `ignore` the modules of those classes that stay as they were. Tied modules share the weight and
-have a scale tensor each, as readers of that vocabulary expect. One thing it has no word for stands under the key
-"llmos": Conv1D weights, which their class keeps as [in, out], lie as [out, in] (`transposed`).
+How the weights lie in files is in schemes.py.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -17,55 +12,20 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmos_cli.errors import LlmosError
+from llmos_cli.models.schemes import CONV1D, Form, read_scheme
 
 SCALE: Final = ".weight_scale"
 WEIGHT: Final = ".weight"
-_CONV1D: Final = "Conv1D"
-QUANTIZABLE: Final = {nn.Linear: "Linear", nn.Embedding: "Embedding", Conv1D: _CONV1D}
+PACKED: Final = ".weight_packed"
+SHAPE: Final = ".weight_shape"
+QUANTIZABLE: Final = {nn.Linear: "Linear", nn.Embedding: "Embedding", Conv1D: CONV1D}
+FP8_DTYPE: Final = torch.float8_e4m3fn
+FP8_MAX: Final = 448.0
 _LEVELS: Final = 127
+_NIBBLES: Final = 8  # in a 32-bit word
+_ZERO: Final = 8  # the nibble that stands for 0
 _PACKED_MULTIPLE: Final = 16  # columns the CPU kernel reads at a time
 _ALIGNMENT: Final = 64
-_FORMAT: Final = "int-quantized"
-_WEIGHTS: Final = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """Which modules of a model hold int8 weights: those of the classes `targets` but for the names in `ignore`."""
-
-    targets: frozenset[str]
-    ignore: frozenset[str]
-
-    def config(self) -> dict[str, Any]:
-        """The `quantization_config` that says it in config.json."""
-        group = {"targets": sorted(self.targets), "weights": dict(_WEIGHTS), "format": _FORMAT}
-        config: dict[str, Any] = {
-            "quant_method": "compressed-tensors",
-            "format": _FORMAT,
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": sorted(self.ignore),
-        }
-        if _CONV1D in self.targets:
-            config["llmos"] = {"transposed": [_CONV1D]}
-        return config
-
-
-def read_scheme(quantization: Any) -> Scheme:
-    """Read a `quantization_config`; raises LlmosError for every scheme but ours."""
-    try:
-        targets, ignore = quantization["config_groups"]["group_0"]["targets"], quantization["ignore"]
-        scheme = Scheme(frozenset(targets), frozenset(ignore))
-        if quantization == scheme.config() and scheme.targets <= set(QUANTIZABLE.values()):
-            return scheme
-    except (TypeError, KeyError):
-        pass
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    raise LlmosError(
-        f"the model is quantized in a way that llmos cannot run ({str(method)[:40]})",
-        hint="take the unquantized model and run llmos quantize REF NAME --scheme int8",
-    )
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,6 +38,30 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # A row so small that its scale is zero or subnormal is a row of zeros for any dtype a model computes in.
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     return values.div_(scale).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8), scale
+
+
+def quantize_rows_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float8 [rows, columns], float32 scales [rows, 1]): scale = absmax / 448 of the row, 1 for a row of zeros."""
+    values = weight.to(torch.float32, copy=True)
+    scale = torch.linalg.vector_norm(values, ord=torch.inf, dim=1, keepdim=True) / FP8_MAX
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    return values.div_(scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8_DTYPE), scale
+
+
+def pack_nibbles(values: torch.Tensor) -> torch.Tensor:
+    """Int8 values of -8 to 7, [rows, columns], as int32 words of eight, [rows, columns / 8], the first in the lowest
+    bits."""
+    rows, columns = values.shape
+    nibbles = (values.to(torch.int32) + _ZERO).view(rows, columns // _NIBBLES, _NIBBLES)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    return (nibbles << shifts).sum(-1, dtype=torch.int64).to(torch.int32)
+
+
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_nibbles`, as int8."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    nibbles = (packed.unsqueeze(-1) >> shifts) & 15
+    return (nibbles - _ZERO).to(torch.int8).view(packed.shape[0], packed.shape[1] * _NIBBLES)
 
 
 class Int8Linear(nn.Module):
@@ -126,6 +110,81 @@ class Int8Linear(nn.Module):
         ones = torch.ones(self.out_features, dtype=rows.dtype)
         product: torch.Tensor = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.weight, ones)
         return product
+
+
+class Int4Linear(nn.Module):
+    """A linear layer with int4 weights in groups: y = x @ ((nibbles - 8) * scale).T + bias.
+
+    The weight is unpacked for each call; serving has kernels that need not.
+    """
+
+    weight_packed: nn.Parameter
+    weight_scale: torch.Tensor
+    weight_shape: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, group: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group, self.dtype = in_features, out_features, group, dtype
+        packed = torch.zeros(out_features, in_features // _NIBBLES, dtype=torch.int32)
+        self.weight_packed = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("weight_scale", torch.ones(out_features, in_features // group, dtype=dtype))
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features]))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Nothing: for classes that start the weights of the layers below them before theirs are loaded."""
+        return torch.empty(0)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as [out, in]."""
+        values = unpack_nibbles(self.weight_packed).view(self.out_features, -1, self.group)
+        return (values.to(dtype) * self.weight_scale.to(dtype).unsqueeze(-1)).view(self.out_features, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.dense(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, group={self.group}"
+
+
+class DynamicLinear(nn.Module):
+    """A linear layer whose weights have 8 bits, integers or floats, and whose input is quantized token by token:
+    y = (quantized x @ weight.T) * scale of the token * scale of the row + bias.
+
+    Products of int8 are exact in float32 for the widths of real layers up to a rounding of the sum; processors with
+    integer instructions take them as they are.
+    """
+
+    weight_scale: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, kind: str, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        stored = torch.int8 if kind == "int" else FP8_DTYPE
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, dtype=stored), requires_grad=False)
+        self.register_buffer("weight_scale", torch.ones(out_features, 1, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features).float()
+        if self.weight.dtype == torch.int8:
+            tokens, scale = quantize_rows(rows)
+            # The kernel of CPUs has no smallest size; that of CUDA wants more than 16 rows.
+            whole = x.device.type == "cpu" and x.numel() > 0
+            product = (
+                torch._int_mm(tokens, self.weight.t()).float() if whole else tokens.float() @ self.weight.float().t()
+            )
+        else:
+            tokens, scale = quantize_rows_fp8(rows)
+            product = tokens.float() @ self.weight.float().t()
+        y = (product * scale * self.weight_scale.float().view(-1)).to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, weights={self.weight.dtype}"
 
 
 class Int8Embedding(nn.Module):
@@ -184,20 +243,28 @@ def tied_modules(model: PreTrainedModel) -> list[tuple[str, str]]:
 
 
 def prepare_quantized(model: PreTrainedModel, quantization_config: Mapping[str, Any]) -> None:
-    """Put int8 modules in the place of those that the config names, before weights are loaded."""
+    """Put quantized modules in the place of those that the config names, before weights are loaded."""
     scheme = read_scheme(quantization_config)
     for name, reason in quantizable(model).items():
         module = model.get_submodule(name)
-        if reason is None and name not in scheme.ignore and QUANTIZABLE[type(module)] in scheme.targets:
+        form = scheme.form_of(name, QUANTIZABLE[type(module)]) if reason is None else None
+        if form is not None:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _int8_twin(module))
+            setattr(model.get_submodule(parent), leaf, twin(module, form))
 
 
-def _int8_twin(module: nn.Module) -> nn.Module:
+def twin(module: nn.Module, form: Form) -> nn.Module:
+    """The module that computes what `module` does with weights of this form, yet to be loaded."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
+    dtype = weight.dtype
     with torch.device(weight.device):
         if isinstance(module, nn.Embedding):
-            return Int8Embedding(*weight.shape, padding_idx=module.padding_idx, dtype=weight.dtype)
+            return Int8Embedding(*weight.shape, padding_idx=module.padding_idx, dtype=dtype)
         rows, columns = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-        return Int8Linear(columns, rows, bias=module.bias is not None, dtype=weight.dtype)
+        bias = module.bias is not None
+        if form.packed:
+            return Int4Linear(columns, rows, group=form.group, bias=bias, dtype=dtype)
+        if form.dynamic:
+            return DynamicLinear(columns, rows, kind=form.kind, bias=bias, dtype=dtype)
+        return Int8Linear(columns, rows, bias=bias, dtype=dtype)

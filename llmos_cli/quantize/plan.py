@@ -1,4 +1,4 @@
-"""Which tensors of a stored model take int8 and which stay, with the reason: from headers only, no weight is read.
+"""Which tensors of a stored model take which form and which stay, and why: from headers only, no weight is read.
 
 The modules come from the model class built without memory; what a file calls a tensor and what the class calls it
 may differ by the class's prefix, nothing else counts as the same.
@@ -19,18 +19,20 @@ from llmos_cli.formats.manifest import FileEntry, Manifest
 from llmos_cli.formats.safetensors import TensorInfo
 from llmos_cli.models.config import load_config
 from llmos_cli.models.load import meta_model
-from llmos_cli.models.quantized import QUANTIZABLE, SCALE, WEIGHT, Scheme, prepare_quantized, quantizable, tied_modules
+from llmos_cli.models.quantized import QUANTIZABLE, SCALE, WEIGHT, prepare_quantized, quantizable, tied_modules
 from llmos_cli.models.quiet import quiet
+from llmos_cli.models.schemes import INT8, Form, Scheme
 from llmos_cli.store.inspect.tensors import tensor_table
 from llmos_cli.store.local import Store
 
 _FLOATS: Final = {"BF16", "F16", "F32", "F64"}
+_SHAPE_BYTES: Final = 16
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A stored tensor that takes int8; `transposed` if it lies as [in, out].
+    """A stored tensor that takes a form; `transposed` if it lies as [in, out]. `module` is the layer it belongs to.
 
     `scale_names` are its own scale's and one for each module that shares the weight but has no tensor of its own:
     weights are tied by the loader, scales are not.
@@ -40,6 +42,8 @@ class Quantized:
     info: TensorInfo
     transposed: bool
     scale_names: tuple[str, ...]
+    form: Form
+    module: str
 
     @property
     def rows(self) -> int:
@@ -50,13 +54,21 @@ class Quantized:
         return self.info.shape[0 if self.transposed else 1]
 
     @property
+    def scale_dtype(self) -> str:
+        """A scale for every row is exact; of the many scales of groups, two bytes each are enough."""
+        return "F32" if not self.form.group else "F16" if self.info.dtype == "F16" else "BF16"
+
+    @property
     def nbytes(self) -> int:
-        return self.rows * (self.columns + 4 * len(self.scale_names))
+        weights = self.rows * self.columns * self.form.bits // 8
+        scales = self.rows * (self.columns // self.form.group if self.form.group else 1) * len(self.scale_names)
+        return weights + scales * (2 if self.form.group else 4) + (_SHAPE_BYTES if self.form.packed else 0)
 
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """`reasons` says why a layer stays, layers of the same place in different blocks under one name ("*")."""
+    """`reasons` says why a layer stays, or takes another form than was asked for; layers of the same place in different
+    blocks stand under one name ("*")."""
 
     scheme: Scheme
     quantized: Mapping[str, Quantized]
@@ -84,7 +96,7 @@ class QuantizePlan:
         return 8 * self.bytes_after / self.parameters if self.parameters else 0.0
 
 
-def plan_int8(store: Store, manifest: Manifest) -> QuantizePlan:
+def make_plan(store: Store, manifest: Manifest, asked: Form) -> QuantizePlan:
     """Decide for every tensor of a model or checkpoint; raises UsageError for one that is quantized already."""
     if manifest.kind not in ("model", "checkpoint"):
         raise UsageError(f"a {manifest.kind} cannot be quantized", hint="name a model or a checkpoint: llmos ls")
@@ -94,8 +106,10 @@ def plan_int8(store: Store, manifest: Manifest) -> QuantizePlan:
     model = meta_model(config)
     table = tensor_table(store, manifest)
     reasons = quantizable(model)
-    stored = {name: _stored_name(name + WEIGHT, model, table) for name in reasons}
+    stored = {name: stored_name(name + WEIGHT, model, table) for name in reasons}
     quantized: dict[str, Quantized] = {}
+    forms: dict[str, Form] = {}
+    notes: dict[str, str] = {}
     for group in _groups(reasons, tied_modules(model)):
         found = [tensor for name in group if (tensor := stored[name]) is not None]
         reason = next((reasons[name] for name in group if reasons[name]), None)
@@ -103,22 +117,26 @@ def plan_int8(store: Store, manifest: Manifest) -> QuantizePlan:
             reason = "its weight is stored under another name"
         if reason is None:
             reason = next((text for name in found if (text := _unfit(table[name][1]))), None)
+        form, note = _form_for(model, group, asked) if reason is None else (None, None)
+        reason = reason or (note if form is None else None)
         sharing = [name + SCALE for name in group if stored[name] is None]
         for name in group:
             reasons[name] = reasons[name] or reason
             tensor = stored[name]
-            if reason is None and tensor is not None:
+            if form is not None:
+                forms[name] = form
+                if note and tensor is not None:
+                    notes[tensor] = note
+            if form is not None and tensor is not None:
                 scales = (tensor.removesuffix(WEIGHT) + SCALE, *sharing)
-                quantized[tensor] = _quantized(*table[tensor], model.get_submodule(name), scales)
+                quantized[tensor] = _quantized(table, tensor, model, name, scales, form)
                 sharing = []
-    if not quantized:
-        raise LlmosError(f"no layer of this {model.config.model_type} model can be quantized to int8")
-    scheme = Scheme(
-        frozenset(QUANTIZABLE[type(model.get_submodule(name))] for name, reason in reasons.items() if reason is None),
-        frozenset(name for name, reason in reasons.items() if reason is not None),
-    )
+    if asked not in forms.values():
+        raise LlmosError(f"no layer of this {model.config.model_type} model can be quantized to {asked.name}")
+    ignored = frozenset(name for name, reason in reasons.items() if reason is not None)
+    scheme = Scheme(_targets(model, forms, asked), ignored)
     _check_runs(model, scheme)
-    layers = {stored[name] or name + WEIGHT: reason for name, reason in reasons.items() if reason is not None}
+    layers = notes | {stored[name] or name + WEIGHT: reason for name, reason in reasons.items() if reason is not None}
     kept = {name: item for name, item in table.items() if name not in quantized}
     for name, (_, info) in kept.items():
         if len(info.shape) > 1 and name not in layers:
@@ -129,6 +147,31 @@ def plan_int8(store: Store, manifest: Manifest) -> QuantizePlan:
         dict(sorted(kept.items())),
         {_NUMBER.sub("*", name): reason for name, reason in sorted(layers.items())},
     )
+
+
+def _form_for(model: PreTrainedModel, group: list[str], asked: Form) -> tuple[Form | None, str | None]:
+    """The form of modules that share a weight, and why it is not the one that was asked for."""
+    modules = [model.get_submodule(name) for name in group]
+    head = model.get_output_embeddings()
+    if asked != INT8 and any(isinstance(module, nn.Embedding) or module is head for module in modules):
+        if asked.dynamic:
+            return None, "the embedding and the head lose most and gain little"
+        return INT8, "int8: the embedding and the head lose most with few bits"
+    weight = modules[0].weight
+    assert isinstance(weight, nn.Parameter)
+    columns = weight.shape[1 if isinstance(modules[0], nn.Linear | nn.Embedding) else 0]
+    if asked.group and columns % asked.group:
+        return INT8, f"int8: its {columns} columns are no multiple of {asked.group}"
+    return asked, None
+
+
+def _targets(model: PreTrainedModel, forms: Mapping[str, Form], asked: Form) -> dict[Form, frozenset[str]]:
+    """What takes each form: the one that was asked for by class, others by name."""
+    classes = frozenset(QUANTIZABLE[type(model.get_submodule(name))] for name, form in forms.items() if form == asked)
+    named: dict[Form, frozenset[str]] = {asked: classes}
+    for form in sorted({form for form in forms.values() if form != asked}, key=lambda form: form.name):
+        named[form] = frozenset(name for name, taken in forms.items() if taken == form)
+    return named
 
 
 def _groups(names: Mapping[str, str | None], pairs: list[tuple[str, str]]) -> list[list[str]]:
@@ -142,14 +185,14 @@ def _groups(names: Mapping[str, str | None], pairs: list[tuple[str, str]]) -> li
     return [members for name, members in group.items() if members[0] == name]
 
 
-def _stored_name(name: str, model: PreTrainedModel, table: Mapping[str, tuple[FileEntry, TensorInfo]]) -> str | None:
+def stored_name(name: str, model: PreTrainedModel, table: Mapping[str, tuple[FileEntry, TensorInfo]]) -> str | None:
     short = name.removeprefix(f"{model.base_model_prefix}.")
     return name if name in table else short if short in table else None
 
 
 def _check_runs(model: PreTrainedModel, scheme: Scheme) -> None:
-    """Refuse a class whose code computes with weights past their layers: its plain form runs without memory, its int8
-    form does not. A class that cannot run without memory at all is taken to be well-behaved."""
+    """Refuse a class whose code computes with weights past their layers: its plain form runs without memory, its
+    quantized form does not. A class that cannot run without memory at all is taken to be well-behaved."""
 
     def problem() -> Exception | None:
         try:
@@ -162,7 +205,7 @@ def _check_runs(model: PreTrainedModel, scheme: Scheme) -> None:
     if problem() is None:
         prepare_quantized(model, scheme.config())
         if exc := problem():
-            raise LlmosError(f"a {model.config.model_type} model does not run with int8 weights") from exc
+            raise LlmosError(f"a {model.config.model_type} model does not run with quantized weights") from exc
 
 
 def _unfit(info: TensorInfo) -> str | None:
@@ -171,7 +214,15 @@ def _unfit(info: TensorInfo) -> str | None:
     return "empty" if 0 in info.shape else None
 
 
-def _quantized(entry: FileEntry, info: TensorInfo, module: nn.Module, scale_names: tuple[str, ...]) -> Quantized:
+def _quantized(
+    table: Mapping[str, tuple[FileEntry, TensorInfo]],
+    tensor: str,
+    model: PreTrainedModel,
+    name: str,
+    scale_names: tuple[str, ...],
+    form: Form,
+) -> Quantized:
+    (entry, info), module = table[tensor], model.get_submodule(name)
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     if info.shape != tuple(weight.shape):
@@ -179,4 +230,4 @@ def _quantized(entry: FileEntry, info: TensorInfo, module: nn.Module, scale_name
             f"the weights do not fit config.json: tensor {info.name!r} has the shape {list(info.shape)} "
             f"instead of {list(weight.shape)}"
         )
-    return Quantized(entry, info, not isinstance(module, nn.Linear | nn.Embedding), scale_names)
+    return Quantized(entry, info, not isinstance(module, nn.Linear | nn.Embedding), scale_names, form, name)

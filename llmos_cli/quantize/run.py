@@ -1,30 +1,50 @@
-"""Quantizing as a derivation: the same model and scheme give the same object, and a repeat finds it.
+"""Quantizing as a derivation: the same model, recipe and calibration data give the same object, and a repeat finds it.
 
 Imports no torch until there is something to compute, so that a repeat returns at once.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from llmos_cli import __version__
-from llmos_cli.errors import Damaged
+from llmos_cli.errors import Damaged, UsageError
+from llmos_cli.formats.canonical import Json
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest, Recipe
 from llmos_cli.formats.names import RefName
+from llmos_cli.models.schemes import FP8, GROUPS, INT8, W8A8, Form, int4
 from llmos_cli.progress import Progress
 from llmos_cli.store.inspect.tensors import tensor_table
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.recipes import find_made
-from llmos_cli.store.transaction import begin
+from llmos_cli.store.transaction import Transaction, begin
 
-SCHEME: Final = "int8"
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+SCHEMES: Final = ("int8", "int4", "w8a8", "fp8")
+METHODS: Final = ("rtn", "search", "gptq")
+DEFAULT_GROUP: Final = 32
+CALIBRATION_ROWS: Final = 128
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make: the form of the weights and, for four bits, how their values are found. `data` is the dataset to
+    calibrate on (gptq), of which `rows` evenly spaced rows are taken."""
+
+    form: Form
+    method: str | None = None
+    data: ObjectId | None = None
+    rows: int = CALIBRATION_ROWS
 
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """`bytes_*` are those of the tensors; `kept` says by layer why it was not quantized."""
+    """`bytes_*` are those of the tensors; `kept` says by layer why it has not the form that was asked for."""
 
     id: ObjectId
     made_before: bool
@@ -32,30 +52,44 @@ class QuantizeResult:
     bytes_after: int
     bits_per_weight: float
     kept: dict[str, str]
+    method: str | None
 
 
-def quantize_int8(store: Store, source: ObjectId, ref: RefName | None, *, progress: Progress) -> QuantizeResult:
-    """Make (or find) the int8 form of the model `source` and move `ref` to it.
+def make_request(scheme: str, *, group: int | None, method: str | None, data: ObjectId | None, rows: int) -> Request:
+    """Check what was asked for; raises UsageError. Without a method, four bits are calibrated if there is a dataset."""
+    forms = {"int8": INT8, "w8a8": W8A8, "fp8": FP8}
+    if scheme != "int4":
+        if group is not None or method is not None:
+            what = "--group" if group is not None else "--method"
+            raise UsageError(f"{what} is for --scheme int4: {scheme} has one scale a row", hint=f"leave out {what}")
+        return Request(forms[scheme])
+    group = DEFAULT_GROUP if group is None else group
+    if group not in GROUPS:
+        raise UsageError(
+            f"--group {group} is not offered", hint=f"use one of {', '.join(str(known) for known in GROUPS)}"
+        )
+    method = method or ("gptq" if data else "search")
+    if method != "gptq":
+        return Request(int4(group), method)
+    if data is None:
+        raise UsageError("--method gptq needs a dataset to calibrate on", hint="name one with --data REF")
+    return Request(int4(group), method, data, rows)
+
+
+def quantize(
+    store: Store, source: ObjectId, request: Request, ref: RefName | None, *, progress: Progress
+) -> QuantizeResult:
+    """Make (or find) a quantized form of the model `source` and move `ref` to it.
 
     Raises UsageError for what is no model or is quantized already, Damaged for damaged weights; nothing changes then.
     """
-    recipe = Recipe(
-        "quantize",
-        params={"scheme": SCHEME},
-        inputs={"model": source},
-        # The arithmetic is elementwise, so a build of torch (after the "+") does not matter.
-        tools={"llmos": __version__, "torch": version("torch").partition("+")[0]},
-    )
-    manifest = read_manifest(store, source)
+    manifest, recipe = read_manifest(store, source), _recipe(source, request)
     with begin(store, purpose="quantize", ref=ref) as tx:
         made = find_made(store, recipe)
-        if made is not None:
-            result = read_manifest(store, made)
-        else:
-            from llmos_cli.quantize.int8 import make_int8
-
-            result = make_int8(tx, manifest, recipe, progress=progress)
-        commit = tx.commit(result, message=f"quantize: {SCHEME}, {result.meta['bits_per_weight']} bits a weight")
+        result = read_manifest(store, made) if made is not None else _make(tx, manifest, recipe, request, progress)
+        commit = tx.commit(
+            result, message=f"quantize: {request.form.name}, {result.meta['bits_per_weight']} bits a weight"
+        )
     kept, bits = result.meta["kept"], result.meta["bits_per_weight"]
     if not isinstance(kept, dict) or not isinstance(bits, int | float):
         raise Damaged(f"the quantized model @{commit.id.short} has malformed facts")
@@ -66,7 +100,40 @@ def quantize_int8(store: Store, source: ObjectId, ref: RefName | None, *, progre
         _tensor_bytes(store, result),
         float(bits),
         {name: str(reason) for name, reason in kept.items()},
+        request.method,
     )
+
+
+def _make(tx: Transaction, manifest: Manifest, recipe: Recipe, request: Request, progress: Progress) -> Manifest:
+    from llmos_cli.quantize.plan import make_plan
+    from llmos_cli.quantize.write import ROUNDINGS, write_quantized
+
+    plan = make_plan(tx.store, manifest, request.form)
+    values: AbstractContextManager[Any] = nullcontext(lambda _: None)
+    if request.data is not None:
+        from llmos_cli.quantize.calibrate import calibrated
+        from llmos_cli.quantize.measure import sample_rows
+
+        rows = sample_rows(tx.store, manifest, read_manifest(tx.store, request.data), request.rows)
+        values = calibrated(tx.store, manifest, plan, rows, recipe, progress=progress)
+    rounding = ROUNDINGS.get(request.method or "rtn", ROUNDINGS["search"])  # of what is not in a block
+    with values as known:
+        return write_quantized(
+            tx, manifest, recipe, plan, asked=request.form, rounding=rounding, calibrated=known, progress=progress
+        )
+
+
+def _recipe(source: ObjectId, request: Request) -> Recipe:
+    params: dict[str, Json] = {"scheme": request.form.name}
+    if request.form.group:
+        params |= {"group": request.form.group, "method": request.method}
+    inputs = {"model": source}
+    if request.data is not None:
+        params["rows"] = request.rows
+        inputs["data"] = request.data
+    # Elementwise arithmetic does not depend on the build of torch (after the "+"); products of matrices do.
+    torch = version("torch") if request.data is not None else version("torch").partition("+")[0]
+    return Recipe("quantize", params=params, inputs=inputs, tools={"llmos": __version__, "torch": torch})
 
 
 def _tensor_bytes(store: Store, manifest: Manifest) -> int:

@@ -11,12 +11,11 @@ from llmos_cli.models.load import build_model, load_config, new_model
 from llmos_cli.models.quantized import (
     Int8Embedding,
     Int8Linear,
-    Scheme,
     prepare_quantized,
     quantizable,
     quantize_rows,
-    read_scheme,
 )
+from llmos_cli.models.schemes import INT8, Scheme, read_scheme
 from llmos_cli.store.local import Store
 
 EVERY = frozenset({"Linear", "Embedding", "Conv1D"})
@@ -80,7 +79,7 @@ def test_an_embedding_looks_up_and_scales() -> None:
 
 
 def test_the_scheme_says_itself_and_reads_itself() -> None:
-    scheme = Scheme(EVERY, frozenset({"lm_head"}))
+    scheme = Scheme({INT8: EVERY}, frozenset({"lm_head"}))
     config = scheme.config()
     assert (config["quant_method"], config["format"], config["ignore"]) == (
         "compressed-tensors",
@@ -94,7 +93,7 @@ def test_the_scheme_says_itself_and_reads_itself() -> None:
     "other",
     [
         {"quant_method": "gptq", "bits": 4},
-        {**Scheme(EVERY, frozenset()).config(), "format": "pack-quantized"},
+        {**Scheme({INT8: EVERY}, frozenset()).config(), "format": "pack-quantized"},
         {"quant_method": "compressed-tensors"},
     ],
 )
@@ -115,7 +114,7 @@ def test_what_stays_has_a_reason(sizes: dict[str, Any]) -> None:
 
 def test_modules_are_swapped_but_for_those_ignored(sizes: dict[str, Any]) -> None:
     model = new_model(LlamaConfig(**sizes, attention_bias=True, tie_word_embeddings=False), seed=0)
-    prepare_quantized(model, Scheme(EVERY, frozenset({"lm_head"})).config())
+    prepare_quantized(model, Scheme({INT8: EVERY}, frozenset({"lm_head"})).config())
     kinds = {name: type(module) for name, module in model.named_modules()}
     assert kinds["model.embed_tokens"] is Int8Embedding
     assert kinds["model.layers.1.self_attn.q_proj"] is Int8Linear

@@ -10,9 +10,11 @@ from llmos_cli.formats.manifest import Manifest, Recipe
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.models.load import load_model
 from llmos_cli.models.quantized import Int8Embedding, Int8Linear
+from llmos_cli.models.schemes import INT8
 from llmos_cli.models.weights import load_state_dict
 from llmos_cli.progress import Silent
-from llmos_cli.quantize.run import QuantizeResult, quantize_int8
+from llmos_cli.quantize import run as quantizing
+from llmos_cli.quantize.run import QuantizeResult, Request
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_file, read_manifest
 from llmos_cli.store.refs.refs import list_refs, read_ref
@@ -24,7 +26,7 @@ IDS = torch.arange(40)[None]
 @pytest.fixture
 def quantize(store: Store) -> Callable[..., tuple[Manifest, QuantizeResult]]:
     def run(source: ObjectId, name: str = "small") -> tuple[Manifest, QuantizeResult]:
-        result = quantize_int8(store, source, parse_ref(name), progress=Silent())
+        result = quantizing.quantize(store, source, Request(INT8), parse_ref(name), progress=Silent())
         return read_manifest(store, result.id), result
 
     return run
@@ -111,7 +113,7 @@ def test_a_class_that_computes_with_weights_past_its_layers_is_refused(
     source = put_model(config="mamba")
     capfd.readouterr()
     with pytest.raises(LlmosError, match="mamba"):
-        quantize_int8(store, source, parse_ref("small"), progress=Silent())
+        quantizing.quantize(store, source, Request(INT8), parse_ref("small"), progress=Silent())
     assert read_ref(store, parse_ref("small")) is None
     assert capfd.readouterr() == ("", "")
 
@@ -154,7 +156,7 @@ def test_a_weight_that_is_not_finite_is_named_and_changes_nothing(
 
     source = put_model(change=spoil)
     with pytest.raises(Damaged, match=name.replace(".", r"\.")):
-        quantize_int8(store, source, parse_ref("small"), progress=Silent())
+        quantizing.quantize(store, source, Request(INT8), parse_ref("small"), progress=Silent())
     assert read_ref(store, parse_ref("small")) is None
 
 
@@ -178,7 +180,7 @@ def test_blocks_of_rows_give_what_the_whole_gives(
     store: Store, put_model: Put, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = quantize(put_model(config="gpt2"))
-    monkeypatch.setattr("llmos_cli.quantize.int8._BLOCK_BYTES", 700)
+    monkeypatch.setattr("llmos_cli.quantize.write._BLOCK_BYTES", 700)
     other = put_model("again", config="gpt2", recipe=Recipe("test"))
     parts, result = quantize(other)
     assert not result.made_before

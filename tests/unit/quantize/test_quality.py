@@ -10,9 +10,10 @@ from llmos_cli.formats.manifest import Recipe
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.models.load import load_model
 from llmos_cli.models.perplexity import perplexity
+from llmos_cli.models.schemes import INT8
 from llmos_cli.progress import Silent
 from llmos_cli.quantize.quality import dataset_of, evaluate
-from llmos_cli.quantize.run import quantize_int8
+from llmos_cli.quantize.run import Request, quantize
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.refs import read_ref
@@ -66,7 +67,7 @@ def test_rows_are_spread_over_the_dataset(store: Store, put_model: Put, put_data
 
 def test_a_quantized_model_is_evaluated_too(store: Store, put_model: Put, put_data: Put) -> None:
     model, data = put_model(), put_data()
-    small = quantize_int8(store, model, parse_ref("small"), progress=Silent())
+    small = quantize(store, model, Request(INT8), parse_ref("small"), progress=Silent())
     before = evaluate(store, model, data, progress=Silent())
     after = evaluate(store, small.id, data, progress=Silent())
     assert after.id != before.id
@@ -101,7 +102,7 @@ def test_the_two_roles_cannot_be_swapped(store: Store, put_model: Put, put_data:
 def test_the_dataset_is_found_through_the_lineage(store: Store, put_model: Put, put_data: Put) -> None:
     data = put_data()
     trained = put_model(recipe=Recipe("train", inputs={"data": data}))
-    small = quantize_int8(store, trained, parse_ref("small"), progress=Silent())
+    small = quantize(store, trained, Request(INT8), parse_ref("small"), progress=Silent())
     assert dataset_of(store, read_manifest(store, trained)) == data
     assert dataset_of(store, read_manifest(store, small.id)) == data
     assert dataset_of(store, read_manifest(store, put_model("foreign"))) is None

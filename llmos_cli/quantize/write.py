@@ -1,11 +1,12 @@
-"""Int8 weights, one scale a row, tensor by tensor from the store into the store.
+"""Quantized weights, tensor by tensor from the store into the store.
 
-Memory: the largest tensor once as int8 and a block of rows (or, where the class keeps [in, out], the tensor once as
-it is stored); never the whole model. The result is a function of the source alone.
+Memory: the largest tensor once in its new form and a block of rows (or, where the class keeps [in, out], the tensor
+once as it is stored); never the whole model. What is made is a function of the source, the form and, where values are
+calibrated, of them.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -16,15 +17,20 @@ from llmos_cli.formats.limits import MiB
 from llmos_cli.formats.manifest import FileEntry, Manifest, Recipe
 from llmos_cli.formats.safetensors import TensorInfo
 from llmos_cli.models.config import CONFIG_FILE, read_config
-from llmos_cli.models.quantized import quantize_rows
+from llmos_cli.models.quantized import PACKED, SHAPE, WEIGHT, pack_nibbles, quantize_rows, quantize_rows_fp8
+from llmos_cli.models.schemes import Form
 from llmos_cli.models.weights import TORCH_DTYPES, read_tensor, tensor_bytes
 from llmos_cli.progress import Progress, Task
-from llmos_cli.quantize.plan import Quantized, QuantizePlan, plan_int8
+from llmos_cli.quantize import grid
+from llmos_cli.quantize.grid import Grid
+from llmos_cli.quantize.plan import Quantized, QuantizePlan
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import FileReader, open_file
 from llmos_cli.store.transaction import Tensor, Transaction
 
 WEIGHTS_FILE: Final = "model.safetensors"
+_DTYPES: Final = {"int": torch.int8, "float": torch.float8_e4m3fn}
+_TO_ROWS: Final = {"int": quantize_rows, "float": quantize_rows_fp8}
 _BLOCK_BYTES: Final = MiB  # fits a core's cache
 # Whatever else holds weights stays behind: beside int8 ones it would be a second, larger model.
 _WEIGHT_FILES: Final = (
@@ -33,23 +39,41 @@ _WEIGHT_FILES: Final = (
 )  # fmt: skip
 
 
-def make_int8(tx: Transaction, source: Manifest, recipe: Recipe, *, progress: Progress) -> Manifest:
-    """Add the int8 form of the model `source` to the transaction; what it returns is yet to be committed.
+Rounding = Callable[[torch.Tensor, int, torch.dtype], Grid]
+"""From rows of a weight, a group's size and the dtype of scales to values of four bits."""
+ROUNDINGS: Final[dict[str, Rounding]] = {"rtn": grid.rtn, "search": grid.search}
+Calibrated = Callable[[str], Grid | None]
+"""The values of a stored tensor that were found by its layer's inputs, if they were."""
+
+
+def write_quantized(
+    tx: Transaction,
+    source: Manifest,
+    recipe: Recipe,
+    plan: QuantizePlan,
+    *,
+    asked: Form,
+    rounding: Rounding = grid.rtn,
+    calibrated: Calibrated = lambda _: None,
+    progress: Progress,
+) -> Manifest:
+    """Add the quantized form of the model `source` to the transaction; what it returns is yet to be committed.
 
     Raises Damaged naming the tensor for a weight that is NaN or infinite.
     """
     store = tx.store
-    plan = plan_int8(store, source)
     with progress.task("quantizing", total=plan.bytes_before) as task:
-        weights = tx.add_tensors(WEIGHTS_FILE, _tensors(store, plan, task))
+        weights = tx.add_tensors(WEIGHTS_FILE, _tensors(store, plan, rounding, calibrated, task))
     config = tx.add_bytes(CONFIG_FILE, _config(store, source, plan))
     meta: dict[str, Json] = {
-        "scheme": "int8",
+        "scheme": asked.name,
         "bits_per_weight": round(plan.bits_per_weight, 3),
         "quantized": len(plan.quantized),
         "parameters": plan.parameters,
         "kept": dict(plan.reasons),
     }
+    if asked.group:
+        meta["group"] = asked.group
     return Manifest("model", (*_companions(source), config, weights), meta, recipe)
 
 
@@ -69,7 +93,9 @@ def _companions(manifest: Manifest) -> list[FileEntry]:
     ]
 
 
-def _tensors(store: Store, plan: QuantizePlan, task: Task) -> Sequence[Tensor]:
+def _tensors(
+    store: Store, plan: QuantizePlan, rounding: Rounding, calibrated: Calibrated, task: Task
+) -> Sequence[Tensor]:
     readers: dict[str, FileReader] = {}
 
     def reader(entry: FileEntry) -> FileReader:
@@ -77,7 +103,7 @@ def _tensors(store: Store, plan: QuantizePlan, task: Task) -> Sequence[Tensor]:
 
     tensors = [_kept(reader(entry), info, task) for entry, info in plan.kept.values()]
     for item in plan.quantized.values():
-        tensors += _Source(reader(item.entry), item, task).tensors()
+        tensors += _Source(reader(item.entry), item, rounding, calibrated, task).tensors()
     return tensors
 
 
@@ -93,16 +119,30 @@ def _kept(reader: FileReader, info: TensorInfo, task: Task) -> Tensor:
 class _Source:
     """One weight and its scales, to be asked for in this order: what the weight leaves behind are the scales only."""
 
-    def __init__(self, reader: FileReader, item: Quantized, task: Task) -> None:
+    def __init__(
+        self, reader: FileReader, item: Quantized, rounding: Rounding, calibrated: Calibrated, task: Task
+    ) -> None:
         self._reader = reader
         self._item = item
+        self._rounding, self._calibrated = rounding, calibrated
         self._task = task
         self._scale = torch.empty(0)
 
     def tensors(self) -> list[Tensor]:
-        item = self._item
-        weight = Tensor(item.info.name, "I8", (item.rows, item.columns), self._weight_bytes)
-        return [weight, *(Tensor(name, "F32", (item.rows, 1), self._scale_bytes) for name in item.scale_names)]
+        item, form = self._item, self._item.form
+        if not form.packed:
+            kind = "I8" if form.kind == "int" else "F8_E4M3"
+            weight = [Tensor(item.info.name, kind, (item.rows, item.columns), self._weight_bytes)]
+        else:
+            stem = item.info.name.removesuffix(WEIGHT)
+            shape = torch.tensor([item.rows, item.columns])
+            words = item.columns * form.bits // 32
+            weight = [
+                Tensor(stem + PACKED, "I32", (item.rows, words), self._weight_bytes),
+                Tensor(stem + SHAPE, "I64", (2,), lambda: tensor_bytes(shape)),
+            ]
+        scales = (item.rows, item.columns // form.group if form.group else 1)
+        return weight + [Tensor(name, item.scale_dtype, scales, self._scale_bytes) for name in item.scale_names]
 
     def _weight_bytes(self) -> memoryview:
         weight, self._scale = self._quantize()
@@ -113,15 +153,23 @@ class _Source:
         return tensor_bytes(self._scale)
 
     def _quantize(self) -> tuple[torch.Tensor, torch.Tensor]:
-        item = self._item
-        weight = torch.empty(item.rows, item.columns, dtype=torch.int8)
-        scale = torch.empty(item.rows, 1, dtype=torch.float32)
+        item, form = self._item, self._item.form
+        if form.packed and (known := self._calibrated(item.info.name)):
+            return pack_nibbles(known.values), _finite(known.scale, item.info.name)
+        groups, kept = (item.columns // form.group if form.group else 1), TORCH_DTYPES[item.scale_dtype]
+        stored = (torch.int32, form.bits * item.columns // 32) if form.packed else (_DTYPES[form.kind], item.columns)
+        weight = torch.empty(item.rows, stored[1], dtype=stored[0])
+        scale = torch.empty(item.rows, groups, dtype=kept)
         whole = read_tensor(self._reader, item.info).t() if item.transposed else None
         step = max(1, _BLOCK_BYTES // (item.columns * TORCH_DTYPES[item.info.dtype].itemsize))
         for first in range(0, item.rows, step):
             last = min(first + step, item.rows)
             block = self._rows(first, last) if whole is None else whole[first:last]
-            weight[first:last], scale[first:last] = quantize_rows(block)
+            if form.packed:
+                found = self._rounding(block, form.group, kept)
+                weight[first:last], scale[first:last] = pack_nibbles(found.values), found.scale
+            else:
+                weight[first:last], scale[first:last] = _TO_ROWS[form.kind](block)
         _finite(scale, item.info.name)
         return weight, scale
 
