@@ -156,8 +156,14 @@ class ObjectStoreTransport(SlowToAsk):
     def bring_back(self, key: str, to: str) -> None:
         check_key(key)
         check_key(to)
+        size = self.size(key)
+        if size is None:
+            raise NotFound(f"{key} is not at {self.url}")
         self._ask(f"copying {key}", lambda store: store.copy(key, to), key, "write")
-        if self.size(key) != self.size(to):  # some only promise it
+        copied = self.size(to)
+        if copied is None:
+            raise NotFound(f"{key} has been moved on from {to} at {self.url}")
+        if copied != size:  # some only promise it
             raise RemoteUnavailable(f"{self.url} has not copied {key} to {to}", hint=TRY_AGAIN)
 
     # What locks are made with.

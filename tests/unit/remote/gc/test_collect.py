@@ -286,65 +286,68 @@ def test_what_a_gc_that_was_stopped_has_left_in_the_trash_is_read_there_and_brou
     assert_whole(exchange, far, "kept")
 
 
-def test_pushes_pulls_and_gcs_at_once_lose_nothing(exchange: Exchange, tmp_path: Path) -> None:
+def test_pushes_pulls_and_gcs_at_once_lose_nothing(exchange: Exchange, far: Remote, tmp_path: Path) -> None:
     """Two that push and remove the same things, each pull right after, and a gc without grace that never pauses."""
     stop, errors, rounds, freed = threading.Event(), [], [0, 0], [0]
     shared = exchange.noise(1, 60_000)
     exchange.commit(exchange.store("w0"), "anchor", a=exchange.noise(3, 10_000))
-    exchange.push(exchange.store("w0"), "anchor", to="far")
+    push(exchange.store("w0"), far, "anchor")
 
-    def guarded(work: Callable[[], None]) -> Callable[[], None]:
+    def until_stopped(prepare: Callable[[Any], Callable[[], None]]) -> Callable[[], None]:
         def run() -> None:
             try:
-                work()
-            except BaseException as exc:
+                with ExitStack() as stack:
+                    step = prepare(type(exchange)(tmp_path, stack))
+                    while not stop.is_set():
+                        step()
+            except Exception as exc:  # noqa: BLE001 - it is told below
                 errors.append(exc)
                 stop.set()
-                raise
 
         return run
 
-    def writer(number: int) -> Callable[[], None]:
-        def work() -> None:
-            with ExitStack() as stack:
-                one = type(exchange)(tmp_path, stack)
-                remote, store = one.remote("far"), one.store(f"w{number}")
-                dice = random.Random(number)
-                one.commit(store, f"mine{number}", a=shared, b=dice.randbytes(40_000))
-                one.commit(store, f"also{number}", a=shared, c=one.noise(9, 50_000))
-                while not stop.is_set():
-                    ref = dice.choice([f"mine{number}", f"also{number}"])
-                    one.push(store, ref, to="far")
-                    with ExitStack() as inner:
-                        clone = type(exchange)(tmp_path, inner).store(f"c{number}-{rounds[number]}")
-                        plan = plan_pull(clone, remote, [parse_ref(ref)], force=False)
-                        execute_pull(clone, remote, plan, Silent())
-                        assert one.files(clone, ref) == one.files(store, ref)
-                    remove(remote, ref)
-                    rounds[number] += 1
+    def writer(number: int) -> Callable[[Any], Callable[[], None]]:
+        def prepare(one: Any) -> Callable[[], None]:
+            store, dice = one.store(f"w{number}"), random.Random(number)
+            one.commit(store, f"mine{number}", a=shared, b=dice.randbytes(40_000))
+            one.commit(store, f"also{number}", a=shared, c=one.noise(9, 50_000))
 
-        return work
+            def step() -> None:
+                ref = dice.choice([f"mine{number}", f"also{number}"])
+                push(store, far, ref)
+                with ExitStack() as stack:
+                    clone = type(exchange)(tmp_path, stack).store(f"c{number}-{rounds[number]}")
+                    plan = plan_pull(clone, far, [parse_ref(ref)], force=False)
+                    execute_pull(clone, far, plan, Silent())
+                    assert one.files(clone, ref) == one.files(store, ref)
+                remove(far, ref)
+                rounds[number] += 1
 
-    def collector() -> None:
-        with ExitStack() as stack:
-            one = type(exchange)(tmp_path, stack)
-            store, remote = one.store("gc"), one.remote("far")
-            while not stop.is_set():
-                freed[0] += gc(store, remote, grace=0)[1].freed_bytes > 0
+            return step
 
-    threads = [threading.Thread(target=guarded(work)) for work in (writer(0), writer(1), collector)]
+        return prepare
+
+    def collector(one: Any) -> Callable[[], None]:
+        store = one.store("gc")
+
+        def step() -> None:
+            freed[0] += gc(store, far, grace=0)[1].freed_bytes > 0
+
+        return step
+
+    threads = [threading.Thread(target=until_stopped(work)) for work in (writer(0), writer(1), collector)]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + 30
-    while not stop.is_set() and (min(rounds) < 6 or freed[0] < 6):
-        assert time.monotonic() < end
+    end = time.monotonic() + 60
+    while not stop.is_set() and time.monotonic() < end and (min(rounds) < 5 or freed[0] < 5):
         time.sleep(0.05)
     stop.set()
     for thread in threads:
         thread.join()
     assert not errors
+    assert min(*rounds, *freed) >= 5
     last = exchange.store("last")
-    exchange.pull(last, source="far")
+    pull(last, far)
     assert exchange.problems(last) == []
 
 
