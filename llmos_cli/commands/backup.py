@@ -32,7 +32,7 @@ def backup(
 
     All refs, their logs, and what they and their kept history need. Only what the remote lacks is sent, and it is read
     back; the remote's own refs are not touched. With --keep-..., older snapshots of this store are then removed, and
-    their data goes with the next gc at the remote.
+    their data goes with the next llmos gc --remote REMOTE.
 
     Examples:
       llmos backup nas

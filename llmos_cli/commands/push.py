@@ -33,7 +33,7 @@ def push(
     """Send refs and what they need to a remote.
 
     Only what the remote lacks is sent; it is confirmed there before a ref moves. A push that was stopped goes on where
-    it was. The first push makes the remote. --prune removes refs only: what they named stays there until a gc.
+    it was. The first push makes the remote. --prune removes refs only: what they named stays there until gc --remote.
 
     Examples:
       llmos push nas tiny
