@@ -8,7 +8,7 @@ _llmos_spec() {
         "")
             opts=(--store --json --quiet -q --verbose -v --version --help -h)
             valued=(--store)
-            verbs=(init add checkout ls show log diff tag rm du gc fsck push pull clone backup restore shard train eval quantize serve generate doctor completion demo remote)
+            verbs=(init add checkout ls show log diff tag rm du gc fsck push pull clone backup restore shard train eval quantize export serve generate doctor completion demo remote)
             ;;
         "init")
             opts=(--store --json --quiet -q --verbose -v --help -h)
@@ -122,6 +122,11 @@ _llmos_spec() {
             valued=(--scheme --group --method --data --calibrate-on --calibration-rows --max-rows --store)
             places=(refs refs)
             ;;
+        "export")
+            opts=(--to --format --type --name --force --store --json --quiet -q --verbose -v --help -h)
+            valued=(--to --format --type --name --store)
+            places=(refs)
+            ;;
         "serve")
             opts=(--host --port --insecure --store --json --quiet -q --verbose -v --help -h)
             valued=(--host --port --store)
@@ -207,8 +212,8 @@ _llmos_spec() {
 _llmos_value() {
     kind=
     case "$1 $2" in
-        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
-        "add --base" | "pull --as" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data" | "quantize --calibrate-on") kind=refs ;;
+        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "export --to" | "export --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
+        "add --base" | "pull --as" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
         "checkout --oms" | "tag --sign" | "tag --new-key" | "train --config") kind=files ;;
         "gc --remote") kind=remotes ;;
         "fsck --from") kind="remotes dirs" ;;
@@ -217,6 +222,7 @@ _llmos_value() {
         "quantize --scheme") kind="words int8 int4 w8a8 fp8" ;;
         "quantize --group") kind="words 32 64 128" ;;
         "quantize --method") kind="words gptq search rtn" ;;
+        "export --format") kind="words hf gguf" ;;
     esac
 }
 

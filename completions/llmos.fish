@@ -113,6 +113,7 @@ complete -c llmos -n __llmos_at -a shard -d 'Turn text into token shards to trai
 complete -c llmos -n __llmos_at -a train -d 'Train a causal language model on a dataset.'
 complete -c llmos -n __llmos_at -a eval -d 'Measure a model\'s perplexity on a dataset and keep the report.'
 complete -c llmos -n __llmos_at -a quantize -d 'Make a model smaller and say what that costs in quality.'
+complete -c llmos -n __llmos_at -a export -d 'Write a model as other programs load it.'
 complete -c llmos -n __llmos_at -a serve -d 'Answer OpenAI-style requests with a model, without checking it out.'
 complete -c llmos -n __llmos_at -a generate -d 'Continue a text and print what comes after it.'
 complete -c llmos -n __llmos_at -a doctor -d 'Check Python, libraries, devices, memory, disk and file system.'
@@ -374,6 +375,19 @@ complete -c llmos -n '__llmos_at quantize' -l json -d 'One JSON object on stdout
 complete -c llmos -n '__llmos_at quantize' -l quiet -s q -d 'No messages, no progress.'
 complete -c llmos -n '__llmos_at quantize' -l verbose -s v -d 'More about what happens.'
 complete -c llmos -n '__llmos_at quantize' -l help -s h -d 'Show help and exit.'
+
+# llmos export
+complete -c llmos -n '__llmos_at export' -f -a '(__llmos_refs)'
+complete -c llmos -n '__llmos_at export' -l to -r -f -a '(__fish_complete_directories)' -d 'Where to; made if missing.'
+complete -c llmos -n '__llmos_at export' -l format -r -f -a 'hf gguf' -d 'A Hugging Face folder, or one file for llama.cpp.'
+complete -c llmos -n '__llmos_at export' -l type -r -f -d 'Of the weights in a GGUF file.  [default: the model\'s own, else bf16]'
+complete -c llmos -n '__llmos_at export' -l name -r -f -a '(__llmos_refs)' -d 'Keep the export under this ref.'
+complete -c llmos -n '__llmos_at export' -l force -d 'Replace files that are there.'
+complete -c llmos -n '__llmos_at export' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
+complete -c llmos -n '__llmos_at export' -l json -d 'One JSON object on stdout.'
+complete -c llmos -n '__llmos_at export' -l quiet -s q -d 'No messages, no progress.'
+complete -c llmos -n '__llmos_at export' -l verbose -s v -d 'More about what happens.'
+complete -c llmos -n '__llmos_at export' -l help -s h -d 'Show help and exit.'
 
 # llmos serve
 complete -c llmos -n '__llmos_at serve' -f -a '(__llmos_refs)'

@@ -57,6 +57,7 @@ GROUPS: Final = {
         "train": "Train a causal language model on a dataset.",
         "eval": "Measure a model's perplexity on a dataset and keep the report.",
         "quantize": "Make a model smaller and say what that costs in quality.",
+        "export": "Write a model as transformers, vLLM or llama.cpp load it.",
     },
     "run": {
         "serve": "Answer OpenAI-style requests with a model, without checking it out.",

@@ -1,0 +1,123 @@
+"""Export: a stored model in the form that another program reads. A derived object: the second time it is there.
+
+Imports no torch until there is something to compute.
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Final
+
+from llmos_cli import __version__
+from llmos_cli.errors import Damaged, UsageError, from_os_error
+from llmos_cli.formats import canonical
+from llmos_cli.formats.canonical import Json
+from llmos_cli.formats.ids import ObjectId
+from llmos_cli.formats.manifest import FileEntry, Manifest, Recipe
+from llmos_cli.formats.names import RefName
+from llmos_cli.progress import Progress
+from llmos_cli.store.disk.durable import TEMP_PREFIX
+from llmos_cli.store.local import Store
+from llmos_cli.store.packs.objects import read_file, read_manifest
+from llmos_cli.store.refs.recipes import find_made
+from llmos_cli.store.transaction import Transaction, begin
+
+FORMATS: Final = ("hf", "gguf")
+LIBRARIES: Final = ("gguf", "transformers")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was made: its id and manifest, and whether it was there before."""
+
+    id: ObjectId
+    manifest: Manifest
+    made_before: bool
+
+
+def export(
+    store: Store, source: ObjectId, label: str, fmt: str, kind: str | None, ref: RefName | None, *, progress: Progress
+) -> Exported:
+    """Make (or find) the export of a model; `kind` is the type of GGUF weights. Raises UsageError, LlmosError or
+    Damaged; nothing changes then."""
+    manifest = read_manifest(store, source)
+    if manifest.kind not in ("model", "checkpoint"):
+        raise UsageError(f"{label} is a {manifest.kind}, not a model", hint="llmos ls shows what there is")
+    params: dict[str, Json] = {"format": fmt}
+    if kind:
+        params["type"] = kind
+    libraries = {name: version(name) for name in LIBRARIES if fmt == "gguf" and _installed(name)}
+    recipe = Recipe("export", params=params, inputs={"model": source}, tools={"llmos": __version__} | libraries)
+    with begin(store, purpose="export", ref=ref) as tx:
+        made = find_made(store, recipe)
+        if made is not None:
+            result = read_manifest(store, made)
+        elif fmt == "hf":
+            result = Manifest("model", _hf_files(manifest), {"format": "hf"}, recipe)
+        else:
+            result = _gguf(tx, manifest, kind, recipe, progress)
+        commit = tx.commit(result, message=f"export: {fmt}")
+    return Exported(commit.id, result, made is not None)
+
+
+def _hf_files(manifest: Manifest) -> tuple[FileEntry, ...]:
+    """The folder as others load it: without what only training needs."""
+    return tuple(entry for entry in manifest.files if not entry.path.startswith("training/"))
+
+
+def _gguf(tx: Transaction, manifest: Manifest, kind: str | None, recipe: Recipe, progress: Progress) -> Manifest:
+    from llmos_cli.export.gguf import plan_gguf, write_gguf
+    from llmos_cli.export.parity import compare
+    from llmos_cli.export.tokens import read_vocabulary
+
+    store = tx.store
+    plan = plan_gguf(store, manifest, kind)
+    texts = {name: _text(store, manifest, name) for name in ("tokenizer.json", "tokenizer_config.json")}
+    if texts["tokenizer.json"] is None:
+        raise UsageError("the model has no tokenizer.json, which a GGUF file holds", hint="add one, or use --format hf")
+    settings = canonical.loads(texts["tokenizer_config.json"] or b"{}", "tokenizer_config.json")
+    if not isinstance(settings, dict):
+        raise Damaged("tokenizer_config.json is not a table")
+    template = _text(store, manifest, "chat_template.jinja")
+    chat = template.decode("utf-8") if template else settings.get("chat_template")
+    vocabulary = read_vocabulary(
+        canonical.loads(texts["tokenizer.json"], "tokenizer.json"),
+        settings,
+        chat if isinstance(chat, str) else None,
+        plan.config.vocab_size,
+    )
+    try:
+        with NamedTemporaryFile(dir=store.tmp, prefix=TEMP_PREFIX, suffix=".gguf") as file:
+            path = Path(file.name)
+            with progress.task("exporting", total=plan.nbytes) as task:
+                write_gguf(store, manifest, plan, vocabulary, path, name=plan.family.arch.lower(), task=task)
+            parameters = sum(_count(weight.shape) for weight in plan.weights)
+            parity = compare(store, manifest, path, parameters=parameters, progress=progress)
+            entry = tx.add_path(f"model-{plan.type}.gguf", path)
+    except OSError as exc:
+        raise from_os_error(exc, f"writing in {store.tmp}") from exc
+    if parity.reason:
+        progress.warn(f"what was exported was not compared with the model: {parity.reason}")
+    meta: dict[str, Json] = {"format": "gguf", "type": plan.type, "parameters": parameters, "parity": parity.facts()}
+    return Manifest("model", (entry,), meta, recipe)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _text(store: Store, manifest: Manifest, name: str) -> bytes | None:
+    entry = manifest.file(name)
+    return None if entry is None else read_file(store, entry)
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
