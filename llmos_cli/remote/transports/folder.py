@@ -19,7 +19,7 @@ from llmos_cli.errors import AccessDenied, Damaged, LlmosError, NoSpace, NotFoun
 from llmos_cli.formats import limits
 from llmos_cli.formats.ids import IdHasher, ObjectId
 from llmos_cli.formats.layout import FORMAT_FILE, FORMAT_TEXT, TRASH
-from llmos_cli.progress import Task
+from llmos_cli.progress import Silent, Task
 from llmos_cli.remote.transports.transport import Dated, check_key, check_prefix
 from llmos_cli.store.disk import durable
 from llmos_cli.store.local import FOLDERS
@@ -124,13 +124,28 @@ class FolderTransport:
         with self._reporting(f"moving {key}", key):
             os.stat(source, follow_symlinks=False)
             self._make_parent(target)
-            durable.touch(source)
-            if not durable.move(source, target):
-                raise NotFound(f"{key} is not at {self.url}")
+            try:
+                durable.touch(source)
+            except AccessDenied:  # somebody else's: its time is theirs to set, and begins anew in a copy
+                self._copy_aside(source, target)
+            else:
+                if not durable.move(source, target):
+                    raise NotFound(f"{key} is not at {self.url}")
             self._tidy(key)
 
     def bring_back(self, key: str, to: str) -> None:
         self.set_aside(key, to)
+
+    def _copy_aside(self, source: Path, target: Path) -> None:
+        temp = durable.temp_path(target.parent)
+        with (
+            open(source, "rb", buffering=0) as file,
+            durable.new_file(temp) as copy,
+            Silent().task("copying") as task,
+        ):
+            _copy(file, source, copy, task)
+        durable.publish(temp, target, mode=0o444)
+        durable.remove(source)
 
     def _tidy(self, key: str) -> None:
         """The folder of one gc in the trash goes with the last thing in it."""
