@@ -7,12 +7,16 @@ of them is wrong, and nobody here knows which; what comes from the future says t
 import secrets
 import time
 from collections.abc import Iterable
+from typing import Final
 
 from llmos_cli.errors import Unsafe
 from llmos_cli.formats.layout import TRASH
 from llmos_cli.remote.pool.pool import PoolTransport
 from llmos_cli.remote.transports.transport import Dated, Transport
 from llmos_cli.store.gc.clock import SKEW_SECONDS, span
+
+_PROBES: Final = f"{TRASH}/clock-"
+_LEFT_SECONDS: Final = 3600.0
 
 
 def remote_now(transport: Transport, now: float | None = None) -> float:
@@ -33,12 +37,16 @@ def check_times(transport: Transport, found: Iterable[Dated], now: float) -> Non
 
 def _time_at(node: Transport, now: float | None) -> float:
     """The time that a node gives to what is stored there now."""
-    key = f"{TRASH}/clock-{secrets.token_hex(8)}"
+    key = f"{_PROBES}{secrets.token_hex(8)}"
     node.create(key, b"")
     try:
-        made = next((item.time for item in node.dated(f"{TRASH}/") if item.key == key), None)
+        probes = {item.key: item.time for item in node.dated(f"{TRASH}/") if item.key.startswith(_PROBES)}
     finally:
         node.delete(key)
+    made = probes.get(key)
+    for other, time_made in probes.items():
+        if made is not None and time_made < made - _LEFT_SECONDS:  # of a gc that was killed
+            node.delete(other)
     if made is None:
         raise Unsafe(
             f"{node.url} does not list what was just stored there", hint="a gc must see all there is; try again later"

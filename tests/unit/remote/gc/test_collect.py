@@ -286,6 +286,68 @@ def test_what_a_gc_that_was_stopped_has_left_in_the_trash_is_read_there_and_brou
     assert_whole(exchange, far, "kept")
 
 
+def test_what_a_gc_that_was_killed_has_left_to_tell_the_time_goes(here: Store, nas: Remote, tmp_path: Path) -> None:
+    for name, hours in (("old", 2), ("new", 0)):
+        probe = tmp_path / f"nas/trash/clock-{name}"
+        probe.write_bytes(b"")
+        os.utime(probe, (time.time() - 3600 * hours,) * 2)
+    gc(here, nas)
+    assert keys(nas, "trash/") == ["trash/clock-new"]
+
+
+class Stopped(Exception):
+    pass
+
+
+class Doomed(FolderTransport):
+    """Stops for good before its step number `left`."""
+
+    left = 0
+
+    def _step(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Stopped
+
+    def set_aside(self, key: str, to: str) -> None:
+        self._step()
+        super().set_aside(key, to)
+
+    def bring_back(self, key: str, to: str) -> None:
+        self._step()
+        super().set_aside(key, to)
+
+    def delete(self, key: str) -> None:
+        self._step()
+        super().delete(key)
+
+
+@pytest.mark.parametrize("needed_again", [False, True])
+def test_a_gc_that_is_stopped_at_any_step_loses_nothing(exchange: Exchange, needed_again: bool) -> None:
+    """And the next one ends where it would have ended."""
+    refs, steps, ended = ("kept", "gone") if needed_again else ("kept",), 0, False
+    while not ended:
+        remote = Remote("far", Doomed(exchange.folder / f"far{steps}"))
+        remote.transport.left = 10**9
+        writer = with_garbage(exchange, remote)
+        plan = plan_remote_gc(writer, remote, grace_seconds=0)
+        if needed_again:
+            push(writer, remote, "gone")
+        remote.transport.left = steps
+        try:
+            execute_remote_gc(writer, remote, plan, Silent())
+            ended = True
+        except Stopped:
+            steps += 1
+        remote.transport.left = 10**9
+        assert_whole(exchange, remote, *refs)
+        gc(writer, remote, grace=0)
+        assert_whole(exchange, remote, *refs)
+        assert len(keys(remote, "packs/")) == len(refs)
+        assert [key for key in keys(remote, "trash/") if key.endswith(".pack")] == []
+    assert steps >= 4
+
+
 def test_pushes_pulls_and_gcs_at_once_lose_nothing(exchange: Exchange, far: Remote, tmp_path: Path) -> None:
     """Two that push and remove the same things, each pull right after, and a gc without grace that never pauses."""
     stop, errors, rounds, freed = threading.Event(), [], [0, 0], [0]
