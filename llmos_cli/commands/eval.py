@@ -4,12 +4,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmos_cli.errors import LlmosError, UsageError
 from llmos_cli.formats.names import RefName, parse_ref
 from llmos_cli.ui.session import session
 from llmos_cli.ui.text import count
 
 if TYPE_CHECKING:
     from llmos_cli.store.refs.resolve import Resolved
+    from llmos_cli.ui.session import Session
+
+COMPARED_ROWS = 128
 
 
 def eval(  # noqa: A001 - the verb is called so
@@ -27,6 +31,16 @@ def eval(  # noqa: A001 - the verb is called so
         int | None,
         typer.Option("--batch", min=1, help="Rows at a time; by default as many as suit.", show_default=False),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="REF", help="Hold it against this model.", show_default=False),
+    ] = None,
+    max_ppl_ratio: Annotated[
+        float | None,
+        typer.Option(
+            "--max-ppl-ratio", metavar="X", help="Fail (1) if perplexity is above X times that of --against.", min=0.0
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="Where to keep the report.  [default: REF's name]-eval")
     ] = None,
@@ -36,16 +50,25 @@ def eval(  # noqa: A001 - the verb is called so
     Every token of a row but the first is predicted from those before it; a lower perplexity is better. The same
     question again is answered from the store.
 
+    With --against, the next-token distributions of both models are compared, too: KL divergence, and how often both
+    hold the same token most likely.
+
     Examples:
       llmos eval tiny --data web
       llmos eval tiny:step-200 --data web --max-rows 64
       llmos eval tiny-int8 --data web --name results:int8 --json
+      llmos eval tiny-int4 --data web --against tiny --max-ppl-ratio 1.02
     """
     from llmos_cli.quantize.quality import evaluate
     from llmos_cli.store.refs.resolve import resolve
 
     here = session(ctx)
     named = parse_ref(name) if name else None
+    if max_ppl_ratio is not None and against is None:
+        raise UsageError("--max-ppl-ratio needs a model to compare with", hint="name one: --against REF")
+    if against is not None:
+        _compare(here, ref, against, data, max_rows or COMPARED_ROWS, max_ppl_ratio, named)
+        return
     with here.open_store() as store:
         model, dataset = resolve(store, ref), resolve(store, data)
         target = named or _default_name(model)
@@ -84,6 +107,53 @@ def eval(  # noqa: A001 - the verb is called so
     here.out.line(f"  report      {target} @{found.id.short}")
     if found.made_before:
         here.out.say("this was measured before; the stored report answers")
+
+
+def _compare(
+    here: "Session", ref: str, against: str, data: str, max_rows: int, limit: float | None, named: RefName | None
+) -> None:
+    from llmos_cli.quantize.against import hold_against
+    from llmos_cli.store.refs.resolve import resolve
+
+    with here.open_store() as store:
+        model, other, dataset = resolve(store, ref), resolve(store, against), resolve(store, data)
+        target = named or _default_name(model)
+        found = hold_against(
+            store, model.id, other.id, dataset.id, max_rows=max_rows, ref=target, progress=here.out.progress
+        )
+    here.out.result(
+        {
+            "id": str(found.id),
+            "ref": str(target),
+            "kind": "report",
+            "model": str(model.id),
+            "against": str(other.id),
+            "data": str(dataset.id),
+            "perplexity": found.perplexity,
+            "perplexity_against": found.perplexity_against,
+            "ppl_ratio": found.ratio,
+            "kl_mean": found.kl_mean,
+            "kl_999": found.kl_999,
+            "same_top": found.same_top,
+            "tokens": found.tokens,
+            "rows": found.rows,
+            "made_before": found.made_before,
+        }
+    )
+    here.out.line(f"{model.label} against {other.label} on {count(found.rows)} rows of {dataset.label}")
+    here.out.line(
+        f"  perplexity  {found.perplexity_against:.4f} -> {found.perplexity:.4f} ({100 * (found.ratio - 1):+z.2f} %)"
+    )
+    here.out.line(f"  KL          {found.kl_mean:.3g} nats, 99.9 % of tokens below {found.kl_999:.3g}")
+    here.out.line(f"  next token  {100 * found.same_top:.1f} % the same")
+    here.out.line(f"  report      {target} @{found.id.short}")
+    if found.made_before:
+        here.out.say("this was measured before; the stored report answers")
+    if limit is not None and found.ratio > limit:
+        raise LlmosError(
+            f"the perplexity of {model.label} is {found.ratio:.4f} times that of {other.label}, above {limit:g}",
+            hint="more bits, a smaller --group, or --method gptq cost less",
+        )
 
 
 def _default_name(model: "Resolved") -> RefName:

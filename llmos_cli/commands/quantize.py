@@ -7,7 +7,7 @@ import typer
 
 from llmos_cli.errors import UsageError
 from llmos_cli.ui.session import session
-from llmos_cli.ui.text import count, percent, plural, size
+from llmos_cli.ui.text import percent, plural, size
 
 if TYPE_CHECKING:
     from llmos_cli.quantize.run import QuantizeResult
@@ -64,7 +64,8 @@ def quantize(
       llmos quantize base base:int4 --scheme int4 --method search --group 64 --json
     """
     from llmos_cli.formats.names import parse_ref
-    from llmos_cli.quantize.quality import dataset_of, evaluate
+    from llmos_cli.quantize.against import hold_against
+    from llmos_cli.quantize.quality import dataset_of
     from llmos_cli.quantize.run import METHODS, SCHEMES, make_request
     from llmos_cli.quantize.run import quantize as run
     from llmos_cli.store.leases import hold
@@ -95,12 +96,13 @@ def quantize(
                 data=calibration.id if calibration else None,
                 rows=calibration_rows,
             )
-            before = after = None
+            compared_on = dataset.id if dataset else None
+            result = run(store, source.id, request, target, compared_on=compared_on, progress=out.progress)
+            compared = None
             if dataset:
-                before = evaluate(store, source.id, dataset.id, max_rows=max_rows, progress=out.progress)
-            result = run(store, source.id, request, target, progress=out.progress)
-            if dataset:
-                after = evaluate(store, result.id, dataset.id, max_rows=max_rows, progress=out.progress)
+                compared = hold_against(
+                    store, result.id, source.id, dataset.id, max_rows=max_rows, progress=out.progress
+                )
     out.result(
         {
             "id": str(result.id),
@@ -113,10 +115,14 @@ def quantize(
             "bytes_after": result.bytes_after,
             "bits_per_weight": result.bits_per_weight,
             "kept": result.kept,
-            "perplexity_before": before.perplexity if before else None,
-            "perplexity_after": after.perplexity if after else None,
+            "perplexity_before": compared.perplexity_against if compared else None,
+            "perplexity_after": compared.perplexity if compared else None,
+            "kl_mean": compared.kl_mean if compared else None,
+            "kl_999": compared.kl_999 if compared else None,
+            "same_top": compared.same_top if compared else None,
+            "report": str(compared.id) if compared else None,
             "data": str(dataset.id) if dataset else None,
-            "rows": after.rows if after else None,
+            "rows": compared.rows if compared else None,
             "made_before": result.made_before,
         }
     )
@@ -125,11 +131,14 @@ def quantize(
         f"  weights     {size(result.bytes_before)} -> {size(result.bytes_after)} "
         f"({percent(result.bytes_after, result.bytes_before)}), {result.bits_per_weight:.2f} bits a weight"
     )
-    if dataset and before and after:
-        change = 100 * (after.perplexity / before.perplexity - 1)
+    if dataset and compared:
         out.line(
-            f"  perplexity  {before.perplexity:.4f} -> {after.perplexity:.4f} ({change:+z.2f} %) "
-            f"on {dataset.label}, {count(after.rows)} of {count(after.rows_total)} rows"
+            f"  perplexity  {compared.perplexity_against:.4f} -> {compared.perplexity:.4f} "
+            f"({100 * (compared.ratio - 1):+z.2f} %) on {plural(compared.rows, 'row')} of {dataset.label}"
+        )
+        out.line(
+            f"  next token  {100 * compared.same_top:.1f} % the same, KL divergence {compared.kl_mean:.3g} nats "
+            f"(99.9 % below {compared.kl_999:.3g})"
         )
     _show_kept(out, result)
     if not dataset:

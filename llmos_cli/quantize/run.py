@@ -16,6 +16,7 @@ from llmos_cli.formats.manifest import Manifest, Recipe
 from llmos_cli.formats.names import RefName
 from llmos_cli.models.schemes import FP8, GROUPS, INT8, W8A8, Form, int4
 from llmos_cli.progress import Progress
+from llmos_cli.quantize.against import check_fit
 from llmos_cli.store.inspect.tensors import tensor_table
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_manifest
@@ -77,15 +78,24 @@ def make_request(scheme: str, *, group: int | None, method: str | None, data: Ob
 
 
 def quantize(
-    store: Store, source: ObjectId, request: Request, ref: RefName | None, *, progress: Progress
+    store: Store,
+    source: ObjectId,
+    request: Request,
+    ref: RefName | None,
+    *,
+    compared_on: ObjectId | None = None,
+    progress: Progress,
 ) -> QuantizeResult:
-    """Make (or find) a quantized form of the model `source` and move `ref` to it.
+    """Make (or find) a quantized form of the model `source` and move `ref` to it. A dataset that it will be compared on
+    is checked to fit before the work begins.
 
     Raises UsageError for what is no model or is quantized already, Damaged for damaged weights; nothing changes then.
     """
     manifest, recipe = read_manifest(store, source), _recipe(source, request)
     with begin(store, purpose="quantize", ref=ref) as tx:
         made = find_made(store, recipe)
+        if made is None and compared_on is not None:
+            check_fit(store, manifest, compared_on)
         result = read_manifest(store, made) if made is not None else _make(tx, manifest, recipe, request, progress)
         commit = tx.commit(
             result, message=f"quantize: {request.form.name}, {result.meta['bits_per_weight']} bits a weight"
