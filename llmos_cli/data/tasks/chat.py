@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 ASSISTANT: Final = "assistant"
+CHATML_TOKENS: Final = ("<|im_start|>", "<|im_end|>")
+CHATML: Final = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 _TEMPLATE_FILE: Final = "chat_template.jinja"
 _CONFIG_FILE: Final = "tokenizer_config.json"
 _MARKS: Final = re.compile(r"\{%-?\s*generation\b")

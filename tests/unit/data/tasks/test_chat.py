@@ -7,13 +7,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from llmos_cli.data.sources.records import BadRecord
-from llmos_cli.data.tasks.chat import ChatTemplate, encode_chats, load_template
+from llmos_cli.data.tasks.chat import CHATML, CHATML_TOKENS, ChatTemplate, encode_chats, load_template
 from llmos_cli.errors import UsageError
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
     "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
@@ -23,7 +19,6 @@ LAST_ONLY = (  # says less of a turn once another follows, as templates do that 
     "{% for m in messages %}<{{ m['role'] }}>{% if loop.last %}!{% endif %}{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-CONTROLS = ("<|im_start|>", "<|im_end|>")
 PLAY = [
     {"role": "system", "content": "You are Lear."},
     {"role": "user", "content": "Nothing, my lord."},
@@ -49,25 +44,25 @@ def tokenizer() -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made.train_from_iterator(["Nothing will come of nothing"] * 9, trainers.BpeTrainer(initial_alphabet=alphabet))
-    made.add_special_tokens([AddedToken(control, special=True) for control in CONTROLS])
+    made.add_special_tokens([AddedToken(control, special=True) for control in CHATML_TOKENS])
     return made
 
 
 @pytest.mark.parametrize("source", [CHATML, MARKED])
 def test_the_assistants_turns_are_learned_with_their_end_and_nothing_else(source: str) -> None:
-    template = ChatTemplate(source, {}, CONTROLS)
+    template = ChatTemplate(source, {}, CHATML_TOKENS)
     assert said(template, PLAY) == ["Nothing?<|im_end|>", "Nothing will come of nothing: speak again.<|im_end|>"]
 
 
 def test_a_conversation_may_begin_with_the_assistant() -> None:
-    assert said(ChatTemplate(CHATML, {}, CONTROLS), PLAY[2:3])[0].endswith("Nothing?<|im_end|>")
+    assert said(ChatTemplate(CHATML, {}, CHATML_TOKENS), PLAY[2:3])[0].endswith("Nothing?<|im_end|>")
 
 
 def test_ids_and_loss_are_what_transformers_gives_for_a_template_that_marks(tokenizer: Tokenizer) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=MARKED)
     theirs = fast.apply_chat_template(PLAY, return_dict=True, return_assistant_tokens_mask=True)
     for source in (MARKED, CHATML):
-        ((ids, loss),) = encode_chats(tokenizer, [ChatTemplate(source, {}, CONTROLS).render(PLAY)])
+        ((ids, loss),) = encode_chats(tokenizer, [ChatTemplate(source, {}, CHATML_TOKENS).render(PLAY)])
         assert ids.tolist() == theirs["input_ids"]
         assert loss.tolist() == theirs["assistant_masks"]
     assert tokenizer.token_to_id("<|im_end|>") in ids[loss == 1]
@@ -76,7 +71,7 @@ def test_ids_and_loss_are_what_transformers_gives_for_a_template_that_marks(toke
 
 def test_text_beyond_ascii_keeps_its_loss_in_place(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "你好 \U0001f600"}, {"role": "assistant", "content": "很好 \U0001f600"}]
-    ((ids, loss),) = encode_chats(tokenizer, [ChatTemplate(CHATML, {}, CONTROLS).render(messages)])
+    ((ids, loss),) = encode_chats(tokenizer, [ChatTemplate(CHATML, {}, CHATML_TOKENS).render(messages)])
     assert (
         tokenizer.decode(ids[np.flatnonzero(loss)].tolist(), skip_special_tokens=False) == "很好 \U0001f600<|im_end|>"
     )
@@ -90,18 +85,18 @@ def test_a_template_that_renders_a_turn_otherwise_later_is_refused() -> None:
 
 def test_a_template_that_writes_the_day_is_refused() -> None:
     with pytest.raises(UsageError, match="the day it is used"):
-        load_template(files("{{ strftime_now('%d %b') }}" + CHATML), CONTROLS, "tok")
+        load_template(files("{{ strftime_now('%d %b') }}" + CHATML), CHATML_TOKENS, "tok")
 
 
 def test_the_default_of_several_templates_is_taken_and_special_tokens_have_their_names() -> None:
     several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ bos_token }}" + CHATML}]
-    template = load_template(files(several, bos_token={"content": "<s>"}), CONTROLS, "tok")
+    template = load_template(files(several, bos_token={"content": "<s>"}), CHATML_TOKENS, "tok")
     assert template.render(PLAY).text.startswith("<s><|im_start|>system")
 
 
 def test_a_template_in_a_file_of_its_own_comes_first() -> None:
     held = files("old") | {"chat_template.jinja": CHATML.encode()}
-    assert load_template(held, CONTROLS, "tok").source == CHATML
+    assert load_template(held, CHATML_TOKENS, "tok").source == CHATML
 
 
 def test_no_template_is_an_error_that_names_the_tokenizer() -> None:
@@ -122,4 +117,4 @@ def test_no_template_is_an_error_that_names_the_tokenizer() -> None:
 )
 def test_what_is_no_conversation_is_a_bad_record(messages: object, why: str) -> None:
     with pytest.raises(BadRecord, match=why.replace("|", r"\|")):
-        ChatTemplate(CHATML, {}, CONTROLS).render(messages)
+        ChatTemplate(CHATML, {}, CHATML_TOKENS).render(messages)
