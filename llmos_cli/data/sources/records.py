@@ -16,6 +16,7 @@ from llmos_cli.formats.limits import MiB
 LINE_BYTES: Final = 256 * MiB
 MEND: Final = "mend it, or leave such records out with --skip-bad"
 _QUOTED: Final = re.compile(r'"((?:[^"]++|"")*+)"')
+_QUOTED_BYTES: Final = re.compile(rb'(?:[^"]++|"")*+"')  # what is left of it
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def read_csv(blocks: Iterator[bytes], offset: int, number: int) -> Iterator[Raw]
     """The records of a CSV file, each with its line ends within quotes."""
     held: list[bytes] = []
     size = start = 0
+    quoted = False
     for line in read_lines(blocks, offset, 0):
         if not held:
             start, size = line.offset, 0
@@ -67,18 +69,30 @@ def read_csv(blocks: Iterator[bytes], offset: int, number: int) -> Iterator[Raw]
             yield Raw(None, start, number)
             held, number = [], number + 1
             continue
+        quoted = _ends_quoted(line.data, bool(held) and quoted)
         held.append(line.data)
         size += len(line.data) + 1
-        if size > LINE_BYTES:
-            yield Raw(None, start, number)
+        if size > LINE_BYTES or not quoted:
+            yield Raw(b"\n".join(held) if size <= LINE_BYTES else None, start, number)
             held, number = [], number + 1
-        elif len(held) == 1 or b'"' in line.data:
-            data = line.data if len(held) == 1 else b"\n".join(held)
-            if b'"' not in data or split_csv(data.decode("utf-8", "replace")) is not None:
-                yield Raw(data, start, number)
-                held, number = [], number + 1
     if held:
         yield Raw(b"\n".join(held), start, number)
+
+
+def _ends_quoted(line: bytes, quoted: bool) -> bool:
+    """Whether a quote is open at the end of a line, at whose beginning one was or was not."""
+    if b'"' not in line:
+        return quoted
+    at = 0
+    while True:
+        if quoted or line.startswith(b'"', at):
+            found = _QUOTED_BYTES.match(line, at if quoted else at + 1)
+            if found is None:
+                return True
+            quoted, at = False, found.end()
+        at = line.find(b",", at) + 1
+        if not at:
+            return False
 
 
 def decode(raw: Raw) -> str:
