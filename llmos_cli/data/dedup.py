@@ -59,7 +59,7 @@ class _Near:
         sketch = RMinHash(num_perm=_HASHES, seed=_SEED)
         sketch.update(list(shingles(text)))
         for number in sorted(self._index.query(sketch)):
-            met, other = self._known[number]
+            met, other = self._known[int(number)]
             if sketch.jaccard(other) >= NEAR:
                 return met
         self._index.insert(len(self._known), sketch)
