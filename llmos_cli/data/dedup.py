@@ -41,7 +41,10 @@ class Duplicates:
         if known != place:
             return "equal", known
         found = self._near.twin(text, place) if self._near else None
-        return ("near", found) if found else None
+        if found is None:
+            return None
+        self._equal[text_id[:16]] = found  # this one goes, so it is not what later ones are equal to
+        return "near", found
 
 
 class _Near:

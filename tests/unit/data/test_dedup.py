@@ -27,6 +27,10 @@ def test_near_texts_are_found_whatever_their_case_and_marks_in_any_script() -> N
     assert asked("near", HOTEL, HOTEL.replace("。", "!")) == [None, ("near", (0, 1))]
 
 
+def test_a_document_that_went_is_never_named_as_the_one_that_stays() -> None:
+    assert asked("near", LEAR, LEAR.upper(), LEAR.upper()) == [None, ("near", (0, 1)), ("equal", (0, 1))]
+
+
 def test_other_texts_and_those_that_share_half_stay() -> None:
     half = LEAR[: len(LEAR) // 2]
     assert asked("near", LEAR, half, HOTEL, half + HOTEL) == [None, None, None, None]
