@@ -18,7 +18,7 @@ anything is allocated (python-zstandard ignores `max_output_size` when the frame
 import itertools
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -45,6 +45,7 @@ _SAMPLE_BYTES: Final = 16 * limits.KiB
 _STRUCTURED: Final = 0.6  # floats that planes make smaller than this hold few values, or many zeros: zstd may see more
 _GROUP_BYTES: Final = 4 * limits.KiB  # of a plane: smaller groups are not worth a Huffman table
 _HUFFMAN = {"window_log": 19, "hash_log": 6, "min_match": 7, "target_length": 0}
+_FEED_BYTES: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,31 @@ def decode(
         )
     else:
         raise UnknownVersion(f"codec {codec} is unknown", hint="use a newer llmos")
+
+
+def read_zstd(source: Iterable[bytes]) -> Iterator[bytes]:
+    """What a foreign zstd stream of any number of frames holds, in blocks of bounded size; raises Damaged.
+
+    It is fed in small steps, because four bytes may stand for 128 KiB.
+    """
+    unpacker = zstandard.ZstdDecompressor(max_window_size=1 << limits.ZSTD_WINDOW_LOG)
+    frame = unpacker.decompressobj()
+    whole = True
+    try:
+        for data in source:
+            for at in range(0, len(data), _FEED_BYTES):
+                left = data[at : at + _FEED_BYTES]
+                while left:
+                    if whole and frame.eof:
+                        frame = unpacker.decompressobj()
+                    if out := frame.decompress(left):
+                        yield out
+                    whole = frame.eof
+                    left = frame.unused_data if whole else b""
+    except zstandard.ZstdError as exc:
+        raise Damaged(str(exc)) from exc
+    if not whole:
+        raise Damaged("it ends in the middle of a zstd frame")
 
 
 def _zstd_or(raw: Encoded, plain: memoryview) -> Encoded:
