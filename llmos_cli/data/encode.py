@@ -11,19 +11,25 @@ from llmos_cli.data.corpus import Piece
 from llmos_cli.data.tokenizer import Encoding
 from llmos_cli.formats.limits import MiB
 
+UNKNOWN: Final = -1  # in an origin: not told
 _BATCH_CHARS: Final = 1 * MiB
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A run of the token stream; `ends` are the positions in it just after a document's end, `text_bytes` its text."""
+class Encoded:
+    """A run of one split's token stream: documents one after the other; the last may go on in the next run."""
 
-    ids: np.ndarray
-    ends: list[int]
+    ids: np.ndarray  # [n] token ids, two or four bytes each
+    ends: np.ndarray  # [k] int64: positions in ids just after the end of each document that ends here
     text_bytes: int
+    origins: np.ndarray  # [k, 3] int64: file in the recipe's sources, byte offset in it (decompressed), record from 1
+    loss: np.ndarray | None = None  # [n] uint8: 1 where the loss counts (chat, seq2seq); None: everywhere
+    parts: np.ndarray | None = None  # [k] int64: where the second text begins within the document (pair, seq2seq)
+    labels: np.ndarray | None = None  # [k] int64 (classify, pair)
+    split: str = "train"
 
 
-def encode_pieces(pieces: Iterable[Piece], encoding: Encoding, dtype: np.dtype) -> Iterator[Tokens]:
+def encode_pieces(pieces: Iterable[Piece], encoding: Encoding, dtype: np.dtype) -> Iterator[Encoded]:
     """The token stream of `pieces`, an end-of-text id after each document.
 
     The library spreads a batch over all cores; meanwhile this thread turns the batch before into numbers.
@@ -57,7 +63,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _join(ids: list[list[int]], batch: list[Piece], eos_id: int, dtype: np.dtype) -> Tokens:
+def _join(ids: list[list[int]], batch: list[Piece], eos_id: int, dtype: np.dtype) -> Encoded:
     stream: list[int] = []
     ends = []
     for part, piece in zip(ids, batch, strict=True):
@@ -65,4 +71,6 @@ def _join(ids: list[list[int]], batch: list[Piece], eos_id: int, dtype: np.dtype
         if piece.last:
             stream.append(eos_id)
             ends.append(len(stream))
-    return Tokens(np.array(stream, dtype), ends, sum(len(piece.text.encode("utf-8")) for piece in batch))
+    text_bytes = sum(len(piece.text.encode("utf-8")) for piece in batch)
+    origins = np.full((len(ends), 3), UNKNOWN, np.int64)
+    return Encoded(np.array(stream, dtype), np.array(ends, np.int64), text_bytes, origins)

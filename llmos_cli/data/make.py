@@ -17,7 +17,8 @@ from llmos_cli.data import tokenizer as tokenizers
 from llmos_cli.data.corpus import Corpus, plan_corpus, read_pieces
 from llmos_cli.data.encode import encode_pieces
 from llmos_cli.data.inputs import STDIN, Input, find_inputs
-from llmos_cli.data.shards import dtype_name, token_dtype, write_shards
+from llmos_cli.data.layout import LAYOUT, dtype_name, token_dtype
+from llmos_cli.data.shards import Shape, write_shards
 from llmos_cli.errors import LlmosError, NotFound, UsageError, from_os_error
 from llmos_cli.formats.canonical import Json
 from llmos_cli.formats.ids import ObjectId, object_id
@@ -118,9 +119,8 @@ def _make(
     with progress.task("tokenizing", total=corpus.size) as task:
         pieces = read_pieces(corpus, left_out, piece_chars=encoding.piece_chars)
         stream = encode_pieces(pieces, encoding, dtype)
-        shards = write_shards(
-            tx, stream, seq_len=request.seq_len, shard_size=request.shard_size, dtype=dtype, task=task
-        )
+        shape = Shape("lm", request.seq_len, request.shard_size, dtype, encoding.eos_id)
+        shards = write_shards(tx, stream, shape, task=task)
     if bad_lines > _SHOWN_LINES:
         progress.warn(f"left out: {bad_lines - _SHOWN_LINES} more lines")
     if not shards.documents:
@@ -128,14 +128,11 @@ def _make(
     entries = chosen.entries or tuple(tx.add_bytes(TOKENIZER_FOLDER + name, data) for name, data in files.items())
     meta: dict[str, Json] = {
         "task": "lm",
-        "documents": shards.documents,
-        "tokens": shards.tokens,
-        "rows": shards.rows,
+        **shards.facts(shape),
         "seq_len": request.seq_len,
         "dtype": dtype_name(dtype),
         "vocab_size": encoding.vocab_size,
         "eos_token_id": encoding.eos_id,
-        "shards": len(shards.files),
         "text_bytes": shards.text_bytes,
         "bytes_per_token": round(shards.text_bytes / shards.tokens, 4),
     }
@@ -160,6 +157,7 @@ def _recipe(request: Request, corpus: Corpus, chosen: _Tokenizer) -> Recipe:
             "shard_size": request.shard_size,
             "field": corpus.field,
             "skip_bad": request.skip_bad,
+            "layout": LAYOUT,
         },
         inputs=chosen.inputs or {},
         sources=(*(file.source for file in corpus.files), *chosen.sources),

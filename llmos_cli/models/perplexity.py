@@ -1,14 +1,16 @@
 """Perplexity of a causal model over rows of token ids.
 
-Definition: in each row, every token from the second on is predicted from the tokens before it in the same row; the
-loss is the mean negative log-likelihood (nats) over all predicted tokens of all rows, each counted once, taken from a
-float32 log-softmax; perplexity is exp(loss). Rows may differ in length from batch to batch.
+Definition: in each row, every token from the second on is predicted from the tokens before it in the same row (where a
+row holds several documents: in the same document, and the first token of each is not predicted); the loss is the mean
+negative log-likelihood (nats) over all predicted tokens of all rows, each counted once, taken from a float32
+log-softmax; perplexity is exp(loss). Rows may differ in length from batch to batch.
 """
 
 import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from transformers import PreTrainedModel
 
 from llmos_cli.errors import LlmosError
 from llmos_cli.progress import Progress
+
+_IGNORED: Final = -100
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,19 @@ class Perplexity:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Rows of several documents each: ids, positions that begin anew with each document (None for a model that takes
+    no notice of them), and which ids to predict."""
+
+    ids: np.ndarray
+    positions: np.ndarray | None
+    learned: np.ndarray
+
+
 def perplexity(
     model: PreTrainedModel,
-    rows: Iterable[np.ndarray | torch.Tensor],
+    rows: Iterable[np.ndarray | torch.Tensor | Packed],
     *,
     progress: Progress,
     total: int | None = None,
@@ -48,14 +62,22 @@ def perplexity(
     loss_sum, tokens = 0.0, 0
     with torch.inference_mode(), progress.task("scoring", total=total, unit="rows") as task:
         for batch in rows:
-            ids = torch.as_tensor(batch, dtype=torch.int64, device=device)
+            packed = batch if isinstance(batch, Packed) else None
+            ids = torch.as_tensor(packed.ids if packed else batch, dtype=torch.int64, device=device)
             if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
                 raise LlmosError(f"token {int(ids.max())} is outside the model's vocabulary of {vocab_size}")
             if ids.shape[1] > 1:
-                logits = model(input_ids=ids, use_cache=False).logits
-                for row, row_ids in zip(logits, ids, strict=True):
-                    loss_sum += functional.cross_entropy(row[:-1].float(), row_ids[1:], reduction="sum").item()
-                tokens += ids.shape[0] * (ids.shape[1] - 1)
+                more, targets = {}, ids
+                if packed:
+                    if packed.positions is not None:
+                        more = {"position_ids": torch.as_tensor(packed.positions, device=device)}
+                    targets = ids.masked_fill(torch.as_tensor(~packed.learned, device=device), _IGNORED)
+                logits = model(input_ids=ids, use_cache=False, **more).logits
+                for row, row_targets in zip(logits, targets, strict=True):
+                    loss_sum += functional.cross_entropy(
+                        row[:-1].float(), row_targets[1:], reduction="sum", ignore_index=_IGNORED
+                    ).item()
+                tokens += int((targets[:, 1:] != _IGNORED).sum())
             task.advance(ids.shape[0])
             if tokens:
                 task.note(f"loss {loss_sum / tokens:.4f}")

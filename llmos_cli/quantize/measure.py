@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from llmos_cli.data.batches import TokenRows
+from llmos_cli.data.batches import Batch, TokenRows
 from llmos_cli.errors import Damaged, UsageError
 from llmos_cli.formats.canonical import Json
 from llmos_cli.formats.ids import ObjectId
@@ -16,7 +16,8 @@ from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models.config import load_config
 from llmos_cli.models.device import pick_device
 from llmos_cli.models.load import load_model
-from llmos_cli.models.perplexity import perplexity
+from llmos_cli.models.packed import keeps_apart
+from llmos_cli.models.perplexity import Packed, perplexity
 from llmos_cli.models.quiet import quiet
 from llmos_cli.models.tokenizers import TOKENIZER_FILE, tokenizer_entries
 from llmos_cli.progress import Progress
@@ -45,7 +46,7 @@ def measure(
     with quiet() as messages:
         found = perplexity(
             loaded,
-            _batches(rows, size, limit),
+            _batches(rows, size, limit, apart=keeps_apart(loaded, rows.seq_len)),
             progress=progress,
             total=limit or rows.rows + (rows.tail().size > 1),
             bytes_per_token=_bytes_per_token(data),
@@ -100,13 +101,19 @@ def _tokenizer_chunks(manifest: Manifest) -> tuple[ObjectId, ...] | None:
     return None
 
 
-def _batches(rows: TokenRows, batch: int, limit: int | None) -> Iterator[np.ndarray]:
+def _batches(rows: TokenRows, batch: int, limit: int | None, *, apart: bool) -> Iterator[np.ndarray | Packed]:
     if limit is None:
-        yield from rows.in_order(batch)
+        yield from (_scored(part, apart) for part in rows.in_order(batch))
         return
     chosen = np.arange(limit, dtype=np.int64) * rows.rows // limit
     for first in range(0, limit, batch):
-        yield rows.row_batch(chosen[first : first + batch])
+        yield _scored(rows.batch(chosen[first : first + batch]), apart)
+
+
+def _scored(batch: Batch, apart: bool) -> np.ndarray | Packed:
+    if batch.position_ids is None or batch.learned is None:
+        return batch.input_ids
+    return Packed(batch.input_ids, batch.position_ids if apart else None, batch.learned)
 
 
 def _bytes_per_token(data: Manifest) -> float | None:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.nn import functional
 
+from llmos_cli.data.batches import Batch
 from llmos_cli.errors import LlmosError
 from llmos_cli.train.config import TrainConfig
 from llmos_cli.train.optimizer import learning_rate
@@ -43,20 +43,31 @@ class Stopped(Exception):
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, model: Any, rows: torch.Tensor, parts: int, stop: Callable[[], bool] = lambda: False
+    accelerator: Accelerator, model: Any, batch: Batch, parts: int, stop: Callable[[], bool] = lambda: False
 ) -> tuple[torch.Tensor, int]:
-    """Add the gradient of the mean loss over all predicted tokens of `rows`, computed in `parts` micro-batches.
+    """Add the gradient of the mean loss over all predicted tokens of `batch`, computed in `parts` micro-batches.
 
     Each part adds its summed loss over the tokens of the whole batch, so the split does not change the gradient.
+    Positions that begin anew tell a model where a document ends that it must not look beyond.
     """
+    rows = torch.from_numpy(batch.input_ids).to(accelerator.device)
+    learned = rows
+    if batch.learned is not None:
+        learned = rows.masked_fill(torch.from_numpy(~batch.learned).to(rows.device), IGNORED)
     # Labels are shifted, not the logits: slicing logits would copy the largest tensor of the step.
-    labels = functional.pad(rows[:, 1:], (0, 1), value=IGNORED)
+    labels = functional.pad(learned[:, 1:], (0, 1), value=IGNORED)
     tokens = int((labels != IGNORED).sum())
+    if not tokens:
+        raise LlmosError("a batch has no token to predict", hint="choose a larger --batch, or longer documents")
+    positions: Any = [None] * parts
+    if batch.position_ids is not None:
+        positions = torch.from_numpy(batch.position_ids).to(rows.device).chunk(parts)
     total = torch.zeros((), dtype=torch.float32, device=rows.device)
-    for ids, targets in zip(rows.chunk(parts), labels.chunk(parts), strict=True):
+    for ids, targets, places in zip(rows.chunk(parts), labels.chunk(parts), positions, strict=True):
         if stop():
             raise Stopped
-        logits = model(input_ids=ids, use_cache=False).logits.float()
+        more = {} if places is None else {"position_ids": places}
+        logits = model(input_ids=ids, use_cache=False, **more).logits.float()
         summed = functional.cross_entropy(
             logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORED, reduction="sum"
         )
@@ -73,7 +84,7 @@ def run_steps(
     config: TrainConfig,
     *,
     start: int,
-    batch: Callable[[int], np.ndarray],
+    batch: Callable[[int], Batch],
     done: Callable[[StepDone], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> int:
@@ -88,7 +99,7 @@ def run_steps(
             return step
         began = time.perf_counter()
         random_state = capture_random_state()
-        rows = torch.from_numpy(batch(step)).to(accelerator.device)
+        rows = batch(step)
         lr = learning_rate(step, steps=config.steps, warmup=config.warmup, peak=config.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -10,12 +10,13 @@ import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from llmos_cli.data.batches import TokenRows
-from llmos_cli.data.order import batch_indices
+from llmos_cli.data.batches import Batch, TokenRows
+from llmos_cli.data.mixing import training_order
 from llmos_cli.errors import Damaged, UsageError
 from llmos_cli.formats.canonical import Json
 from llmos_cli.models.config import parse_config
 from llmos_cli.models.load import llama_config, load_model, new_model
+from llmos_cli.models.packed import keeps_apart
 from llmos_cli.models.quiet import quiet
 from llmos_cli.models.tokenizers import load_tokenizer
 from llmos_cli.models.weights import load_state_dict
@@ -71,7 +72,11 @@ def run(
         model, small_files = _build(store, plan, progress)
         _check_model(model, plan)
         rows = TokenRows(store, plan.data)
+        order = training_order(plan.data_id, plan.data, rows.row_bytes, config.seed)
         check_causal(model, rows.seq_len)
+        apart = keeps_apart(model, rows.seq_len)
+        if not apart:
+            progress.warn(f"{type(model).__name__} sees the documents before in a row: it takes no notice of positions")
         raw = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
         prepared, optimizer = accelerator.prepare(model, raw)
         set_seed(config.seed)
@@ -97,9 +102,7 @@ def run(
                     optimizer,
                     config,
                     start=position.step,
-                    batch=lambda step: rows.row_batch(
-                        batch_indices(plan.data_id, config.seed, step, config.batch, rows.rows)
-                    ),
+                    batch=lambda step: _together(rows.batch(order.batch(step, config.batch)), apart),
                     done=done,
                     stop=lambda: bool(flag),
                 )
@@ -169,6 +172,11 @@ def _check_model(model: PreTrainedModel, plan: Plan) -> None:
     seq_len = dataset_number(plan.data, "seq_len", "the dataset")
     if isinstance(longest, int) and seq_len > longest:
         raise UsageError(f"the dataset has rows of {seq_len:,} tokens, but the model takes at most {longest:,}")
+
+
+def _together(batch: Batch, apart: bool) -> Batch:
+    """A batch for a model that would not keep documents apart: as one stream, as far as it is concerned."""
+    return batch if apart else replace(batch, position_ids=None)
 
 
 def _restore(store: Store, plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Position:

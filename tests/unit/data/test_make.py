@@ -1,4 +1,5 @@
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from llmos_cli.store.refs.refs import read_ref, ref_history, update_ref
 from llmos_cli.store.transaction import begin
 
 WEB = RefName("web")
+DocumentsOf = Callable[..., list[np.ndarray]]
 
 
 def request(*inputs: object, **changes: object) -> Request:
@@ -30,7 +32,7 @@ def make(store: Store, asked: Request, ref: RefName = WEB, stdin: bytes | None =
     return make_dataset(store, ref, asked, progress=Silent(), stdin=stream)
 
 
-def texts(store: Store, made: Made) -> list[str]:
+def texts(store: Store, made: Made, documents_of: DocumentsOf) -> list[str]:
     """The documents of a dataset, from its tokens alone."""
     manifest = read_manifest(store, made.id)
     files = {
@@ -39,18 +41,15 @@ def texts(store: Store, made: Made) -> list[str]:
         if (entry := manifest.file(f"tokenizer/{name}"))
     }
     encoding = make_encoding(files, "it")
-    rows = TokenRows(store, manifest)
-    ids = np.concatenate([rows.row_batch(np.arange(rows.rows)).ravel(), rows.tail()])
-    ends = np.flatnonzero(ids == encoding.eos_id)
-    assert ends[-1] == len(ids) - 1
-    parts = np.split(ids, ends + 1)[:-1]
+    parts = documents_of(manifest)
+    assert all(part[-1] == encoding.eos_id for part in parts)
     return [encoding.tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts]
 
 
-def test_the_dataset_holds_every_document_and_says_so(store: Store, folder: Path) -> None:
+def test_the_dataset_holds_every_document_and_says_so(store: Store, folder: Path, documents_of: DocumentsOf) -> None:
     made = make(store, request(folder))
     files = [folder / "a.txt", folder / "b.md", folder / "sub" / "c.py"]
-    assert texts(store, made) == [path.read_text() for path in files]
+    assert texts(store, made, documents_of) == [path.read_text() for path in files]
     manifest = read_manifest(store, made.id)
     meta = manifest.meta
     rows = TokenRows(store, manifest)
@@ -58,7 +57,7 @@ def test_the_dataset_holds_every_document_and_says_so(store: Store, folder: Path
     assert meta["task"] == "lm"
     assert meta["documents"] == 3
     assert meta["rows"] == rows.rows
-    assert meta["tokens"] == rows.rows * 16 + rows.tail().size
+    assert meta["tokens"] == sum(ids.size for ids in documents_of(manifest))
     assert meta["text_bytes"] == sum(path.stat().st_size for path in files)
     assert meta["shards"] == sum(entry.path.startswith("tokens-") for entry in manifest.files)
     assert "skipped" not in meta
@@ -78,6 +77,7 @@ def test_the_recipe_names_inputs_parameters_and_tools(store: Store, folder: Path
         "shard_size": 256,
         "field": "text",
         "skip_bad": False,
+        "layout": 2,
     }
     assert set(recipe.tools) == {"llmos", "tokenizers"}
 
@@ -130,11 +130,11 @@ def test_changed_text_makes_another_dataset(store: Store, folder: Path) -> None:
     assert other.id != first.id
 
 
-def test_a_tokenizer_is_taken_from_a_dataset_by_its_ref(store: Store, folder: Path) -> None:
+def test_a_tokenizer_is_taken_from_a_dataset_by_its_ref(store: Store, folder: Path, documents_of: DocumentsOf) -> None:
     first = make(store, request(folder))
     (folder.parent / "new.txt").write_text("the cat sat\n")
     other = make(store, request(folder.parent / "new.txt", tokenizer="web"), RefName("test"))
-    assert texts(store, other) == ["the cat sat\n"]
+    assert texts(store, other, documents_of) == ["the cat sat\n"]
     recipe = other.manifest.recipe
     assert recipe is not None
     assert recipe.inputs == {"tokenizer": first.id}
@@ -184,16 +184,16 @@ def test_sizes_that_make_no_sense_are_refused(store: Store, folder: Path, change
         make(store, request(folder, **change))
 
 
-def test_standard_input_is_one_document_and_leaves_nothing_behind(store: Store) -> None:
+def test_standard_input_is_one_document_and_leaves_nothing_behind(store: Store, documents_of: DocumentsOf) -> None:
     made = make(store, request("-"), stdin=b"one two\nthree\n" * 20)
-    assert texts(store, made) == ["one two\nthree\n" * 20]
+    assert texts(store, made, documents_of) == ["one two\nthree\n" * 20]
     assert make(store, request("-"), stdin=b"one two\nthree\n" * 20).cached
     assert list(store.tmp.iterdir()) == []
 
 
-def test_standard_input_is_json_lines_once_a_field_is_named(store: Store) -> None:
+def test_standard_input_is_json_lines_once_a_field_is_named(store: Store, documents_of: DocumentsOf) -> None:
     made = make(store, request("-", field="body"), stdin=b'{"body": "one"}\n{"body": "two"}\n')
-    assert texts(store, made) == ["one", "two"]
+    assert texts(store, made, documents_of) == ["one", "two"]
 
 
 def test_bad_standard_input_is_called_by_that_name(store: Store) -> None:
@@ -203,7 +203,7 @@ def test_bad_standard_input_is_called_by_that_name(store: Store) -> None:
         make(store, request("-", field="text"), stdin=b"nope\n")
 
 
-def test_what_is_left_out_is_counted(store: Store, folder: Path) -> None:
+def test_what_is_left_out_is_counted(store: Store, folder: Path, documents_of: DocumentsOf) -> None:
     (folder / "empty.txt").write_bytes(b"")
     (folder / "d.jsonl").write_text('{"text": "good"}\nbad\n{"text": ""}\n')
     progress = Silent()
@@ -211,7 +211,7 @@ def test_what_is_left_out_is_counted(store: Store, folder: Path) -> None:
     assert made.manifest.meta["skipped"] == 1
     assert made.manifest.meta["skipped_lines"] == 2
     assert len(progress.warnings) == 3
-    assert "good" in texts(store, made)
+    assert "good" in texts(store, made, documents_of)
 
 
 def test_many_bad_lines_are_counted_not_listed(store: Store, folder: Path) -> None:

@@ -28,7 +28,7 @@ def test_a_report_holds_what_was_measured_on_every_token(store: Store, put_model
     found = evaluate(store, model, data, ref=ref, progress=Silent())
     loaded = load_model(store, read_manifest(store, model))
     rows = TokenRows(store, read_manifest(store, data))
-    expected = perplexity(loaded, rows.in_order(20), progress=Silent())
+    expected = perplexity(loaded, (batch.input_ids for batch in rows.in_order(20)), progress=Silent())
     assert found.tokens == expected.tokens == 20 * 31 + 4
     assert found.loss == pytest.approx(expected.loss, abs=1e-6)
     assert found.bits_per_byte == pytest.approx(expected.loss / np.log(2) / 2.5, abs=1e-5)

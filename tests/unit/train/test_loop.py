@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmos_cli.data.batches import Batch
+from llmos_cli.models.packed import keeps_apart
 from llmos_cli.train.checkpoint import capture, restore
 from llmos_cli.train.config import TrainConfig
 from llmos_cli.train.device import open_accelerator
@@ -39,8 +41,8 @@ def tiny_model(dropout: float = 0.0) -> LlamaForCausalLM:
     )
 
 
-def rows(step: int, batch: int = 8) -> np.ndarray:
-    return np.random.default_rng(step).integers(0, VOCAB, (batch, SEQ), dtype=np.int64)
+def rows(step: int, batch: int = 8) -> Batch:
+    return Batch(np.random.default_rng(step).integers(0, VOCAB, (batch, SEQ), dtype=np.int64))
 
 
 def train(
@@ -77,7 +79,7 @@ def test_accumulation_does_not_change_the_gradient(accelerator: Accelerator) -> 
     grads, losses = [], []
     for parts in (1, 2, 4, 8):
         model = accelerator.prepare(tiny_model())
-        loss, tokens = accumulate_gradients(accelerator, model, torch.from_numpy(rows(0)), parts)
+        loss, tokens = accumulate_gradients(accelerator, model, rows(0), parts)
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         losses.append(loss.item())
         assert tokens == 8 * (SEQ - 1)
@@ -87,10 +89,44 @@ def test_accumulation_does_not_change_the_gradient(accelerator: Accelerator) -> 
 
 
 def test_the_loss_is_what_transformers_computes(accelerator: Accelerator) -> None:
-    model, ids = tiny_model().train(), torch.from_numpy(rows(0))
+    model, ids = tiny_model().train(), torch.from_numpy(rows(0).input_ids)
     expected = model(input_ids=ids, labels=ids).loss.item()
-    loss, _ = accumulate_gradients(accelerator, model, ids, 4)
+    loss, _ = accumulate_gradients(accelerator, model, rows(0), 4)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_documents_in_one_row_are_as_good_as_a_row_each(accelerator: Accelerator) -> None:
+    """Loss and gradient: no document sees another, and none's first token is predicted from the one before."""
+    documents = [np.random.default_rng(n).integers(0, VOCAB, size) for n, size in enumerate((7, 5, 3, 9, 16))]
+    model = accelerator.prepare(tiny_model())
+    assert keeps_apart(model, SEQ)
+    total, tokens = torch.zeros(()), sum(len(document) - 1 for document in documents)
+    for document in documents:
+        loss, own = accumulate_gradients(accelerator, model, Batch(document[None]), 1)
+        total += loss * own / tokens
+    grads = []
+    for document in documents:  # the mean over all tokens, one row at a time
+        model.zero_grad()
+        accumulate_gradients(accelerator, model, Batch(document[None]), 1)
+        own = torch.cat([p.grad.flatten() for p in model.parameters()])
+        grads.append(own * (len(document) - 1) / tokens)
+    ids, positions = np.full((3, SEQ), 1), np.zeros((3, SEQ), np.int64)
+    learned = np.zeros((3, SEQ), bool)
+    for row, held in enumerate(((0, 1, 2), (3,), (4,))):
+        at = 0
+        for document in (documents[number] for number in held):
+            ids[row, at : at + len(document)] = document
+            positions[row, at : at + len(document)] = np.arange(len(document))
+            learned[row, at + 1 : at + len(document)] = True
+            at += len(document)
+        positions[row, at:] = np.arange(SEQ - at)
+    model.zero_grad()
+    packed, predicted = accumulate_gradients(accelerator, model, Batch(ids, positions, None, learned), 3)
+    assert predicted == tokens
+    assert packed.item() == pytest.approx(total.item(), abs=1e-5)
+    torch.testing.assert_close(
+        torch.cat([p.grad.flatten() for p in model.parameters()]), torch.stack(grads).sum(0), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
