@@ -2,13 +2,19 @@
 
 import re
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmos_cli.errors import UsageError
+from llmos_cli.errors import PartlyDone, UsageError
 from llmos_cli.ui.session import session
 from llmos_cli.ui.text import count, duration, plural, size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from llmos_cli.formats.canonical import Json
+    from llmos_cli.ui.session import Session
 
 
 def shard(
@@ -19,6 +25,9 @@ def shard(
     ],
     name: Annotated[str, typer.Argument(metavar="NAME", help="The ref to move, NAME or NAME:TAG.", show_default=False)],
     *,
+    task: Annotated[
+        str, typer.Option("--task", metavar="TASK", help="lm, mlm, classify, pair, seq2seq or chat.")
+    ] = "lm",
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", metavar="train:N|REF|DIR", help="Train one of N tokens, or take one.")
     ] = "train:4096",
@@ -26,23 +35,38 @@ def shard(
     shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Bytes in a shard.")] = "64MB",
     field: Annotated[
         str | None,
-        typer.Option("--field", metavar="KEY", help="Where a JSON line has its text.  [default: text]"),
+        typer.Option("--field", metavar="KEY|ROLE=KEY,...", help="Which fields of a record the task is to read."),
+    ] = None,
+    labels_from: Annotated[
+        str | None, typer.Option("--labels-from", metavar="REF", help="Number labels as that dataset does.")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="valid=P,test=P", help="Set shares of the documents aside, chosen by text."),
+    ] = None,
+    dedup: Annotated[
+        str | None, typer.Option("--dedup", metavar="exact|near", help="Keep the first of equal or like documents.")
     ] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out what is not text or is empty, and name it.")
+        bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and name it; exit code 3.")
     ] = False,
 ) -> None:
     """Turn text into token shards to train on.
 
-    Every file is one document; in .jsonl and .ndjson files every line is one. Standard input is one document, or JSON
-    lines if --field is given. Folders are read in sorted order, without hidden files. The same text and options give
-    the same dataset, at once.
+    Files ending in .jsonl, .csv, .tsv and .parquet hold records; any other file is one document; .gz and .zst are
+    unpacked. Standard input is one document, or JSON lines if the task or --field asks for records. The same text and
+    options give the same dataset, at once; a run that was stopped goes on where it was.
+
+    A task reads these roles: lm and mlm: text. classify: text, label. pair: first, second, and label if there is one.
+    seq2seq: source, target. chat: messages. Fields with usual names are found; --field names others.
 
     Examples:
       llmos shard corpus/*.txt web
-      llmos shard src/ notes.jsonl code:v2 --tokenizer train:8192 --seq-len 512
-      llmos shard heldout.txt web-test --tokenizer web
-      zcat dump.jsonl.gz | llmos shard - dump --field content --tokenizer ~/models/llama
+      llmos shard dumps/ web --split valid=0.01,test=0.01 --dedup near
+      llmos shard train.csv reviews --task classify --field text=review,label=stars
+      llmos shard test.csv reviews-test --task classify --tokenizer reviews --labels-from reviews
+      llmos shard chats.jsonl.gz talk --task chat --tokenizer ~/models/qwen
+      zcat dump.jsonl.gz | llmos shard - dump --field content
     """
     from llmos_cli.formats.names import parse_ref
 
@@ -52,9 +76,20 @@ def shard(
     with here.open_store() as store:
         import sys
 
-        from llmos_cli.data.make import Request, make_dataset
+        from llmos_cli.data.make import Request, make_dataset, parse_splits, read_dedup
 
-        request = Request(tuple(paths), tokenizer, seq_len, num_bytes, field, skip_bad)
+        request = Request(
+            tuple(paths),
+            tokenizer,
+            seq_len,
+            num_bytes,
+            field,
+            skip_bad,
+            task,
+            parse_splits(split),
+            read_dedup(dedup),
+            labels_from,
+        )
         start = time.monotonic()
         made = make_dataset(store, ref, request, progress=here.out.progress, stdin=sys.stdin.buffer)
         seconds = time.monotonic() - start
@@ -69,7 +104,11 @@ def shard(
             "kind": made.manifest.kind,
             **counts,
             "skipped": meta.get("skipped", 0),
-            "skipped_lines": meta.get("skipped_lines", 0),
+            "skipped_records": meta.get("skipped_records", 0),
+            "task": meta["task"],
+            "splits": meta["splits"],
+            "labels": meta.get("labels"),
+            "duplicates": meta.get("duplicates"),
             "bytes": made.manifest.size,
             "stored": made.stored,
             "cached": made.cached,
@@ -82,15 +121,48 @@ def shard(
         f"dataset {ref} @{made.id.short} {verb} {plural(numbers['documents'], 'document')}, "
         f"{count(numbers['tokens'])} tokens ({meta['bytes_per_token']:.2f} bytes each)"
     )
+    what = f"rows of {numbers['seq_len']} tokens" if meta.get("fill") is not None else "examples"
     here.out.line(
-        f"{count(numbers['rows'])} rows of {numbers['seq_len']} tokens in {plural(numbers['shards'], 'shard')}, "
+        f"{count(numbers['rows'])} {what} in {plural(numbers['shards'], 'shard')}, "
         f"vocabulary {count(numbers['vocab_size'])}, {size(made.manifest.size)}"
     )
+    for line in _about(meta):
+        here.out.line(line)
     here.out.say(f"{size(numbers['text_bytes'])} of text in {duration(seconds)}, {size(made.stored)} stored")
     if numbers["rows"] == 0:
         here.out.warn(f"{ref} has less than one row of {numbers['seq_len']} tokens: too little to train on")
+    elif isinstance(meta.get("labels"), list) and not labels_from:
+        here.out.hint(f"llmos shard TEST.csv NAME --task {task} --tokenizer {ref} --labels-from {ref}")
     else:
         here.out.hint(f"llmos train NAME --data {ref} --steps 200")
+    _end(here, made.manifest.meta, str(ref))
+
+
+def _about(meta: "Mapping[str, Json]") -> list[str]:
+    """Lines on labels, splits and duplicates, where there are any."""
+    lines = []
+    labels, splits, duplicates = meta.get("labels"), meta.get("splits"), meta.get("duplicates")
+    if isinstance(labels, list):
+        shown = ", ".join(str(label) for label in labels[:10]) + (", ..." if len(labels) > 10 else "")
+        lines.append(f"{plural(len(labels), 'label')}: {shown}")
+    if isinstance(splits, dict) and len(splits) > 1:
+        each = (f"{name} {count(part['documents'])}" for name, part in splits.items())  # type: ignore[index, call-overload, arg-type]
+        lines.append(f"documents: {', '.join(each)}")
+    if isinstance(duplicates, dict):
+        kind = "equal or like" if duplicates["kind"] == "near" else "equal"
+        lines.append(f"{plural(int(str(duplicates['removed'])), 'document')} left out as {kind} to another")
+    return lines
+
+
+def _end(here: "Session", meta: "Mapping[str, Json]", ref: str) -> None:
+    """Exit code 3 if anything was left out: whoever asked for it must still be able to tell."""
+    files, records = (int(str(meta.get(key, 0))) for key in ("skipped", "skipped_records"))
+    parts = [plural(number, noun) for number, noun in ((files, "file"), (records, "record")) if number]
+    if parts:
+        raise PartlyDone(
+            f"{ref} was made without {' and '.join(parts)} that cannot be used",
+            hint=f"llmos checkout {ref} DIR writes them to report/left-out.jsonl" if records else None,
+        )
 
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmg]?)(i?)b?\Z", re.IGNORECASE | re.ASCII)

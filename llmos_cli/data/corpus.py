@@ -1,59 +1,112 @@
-"""Text files as a stream of documents: first a plan that reads and checks every file, then the text itself.
+"""The files of a corpus as a stream of records: first a plan that reads and checks every file, then what it planned.
 
-`.jsonl` and `.ndjson` files hold one document a line, in one field; any other file is one document. Text is UTF-8
-without NUL bytes; a byte-order mark is dropped, nothing else is changed. Documents leave in pieces of bounded length,
-so memory does not depend on how large a file is. Every later read is compared with the plan, by stamp and by digest:
-what is handed out is what the plan names, or an error. It knows nothing of tokens.
+`.jsonl`, `.ndjson`, `.csv`, `.tsv` and `.parquet` files hold one record a line or row; any other file is one document.
+`.gz` and `.zst` around them are unpacked. Text is UTF-8 without NUL bytes; a byte-order mark is dropped, nothing else
+is changed. Large files of records are planned in parts that can be read alone; a part is read in bounded memory and
+compared with the plan: what is handed out is what the plan names, or an error. It knows nothing of tasks or tokens.
 """
 
 import codecs
-import json
-import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Final
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal
 
 from llmos_cli.data.inputs import Input
-from llmos_cli.errors import LlmosError, Unsafe, UsageError, from_os_error
-from llmos_cli.formats.ids import IdHasher
+from llmos_cli.data.sources import streams
+from llmos_cli.data.sources.columnar import read_rows, row_groups
+from llmos_cli.data.sources.records import (
+    BadRecord,
+    Raw,
+    decode,
+    parse_columns,
+    parse_json,
+    read_csv,
+    read_lines,
+    split_csv,
+)
+from llmos_cli.data.sources.streams import PACKED, Unreadable, changed, opened, stamp_of
+from llmos_cli.errors import UsageError
+from llmos_cli.formats.ids import IdHasher, ObjectId
 from llmos_cli.formats.limits import KiB, MiB
 from llmos_cli.formats.manifest import Source
 from llmos_cli.progress import Progress
 
-LINE_SUFFIXES: Final = (".jsonl", ".ndjson")
+Kind = Literal["text", "jsonl", "csv", "tsv", "parquet"]
+KINDS: Final[dict[str, Kind]] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
 PIECE_CHARS: Final = 16 * KiB  # the tokenizers library takes half as long again for pieces of 256 KiB
 CUT_BEFORE: Final = ("\n", " ", "\u3002", "\uff0c")  # white space; full stop and comma of texts that have none
-LINE_BYTES: Final = 256 * MiB
-_BLOCK: Final = 1 * MiB
+SLICE_BYTES: Final = 32 * MiB
+_BLANK: Final = b" \t\r\n" + codecs.BOM_UTF8
 _SKIP_HINT: Final = "name the files with a glob, or leave such files out with --skip-bad"
 
 
 @dataclass(frozen=True)
+class Part:
+    """A run of a file's records that can be read alone: from byte (Parquet: row group) `start` to `stop`, the first
+    being number `record` (0: the line of column names). `id` is of its bytes; None where they are not read in one go.
+    """
+
+    start: int
+    stop: int
+    record: int
+    size: int
+    id: ObjectId | None
+
+
+@dataclass(frozen=True)
 class TextFile:
-    """A file that was read once and found to be text; `stamp` tells whether it was touched since, `label` is what
-    messages call it."""
+    """A file that was read once; `stamp` tells whether it was touched since, `label` is what messages call it.
+
+    `text_id` is of the whole text, without a byte-order mark, where the file is one document.
+    """
 
     path: Path
     label: str
     source: Source
     stamp: tuple[int, int, int, int]
-    lines: bool
+    kind: Kind = "text"
+    packing: str = ""
+    columns: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
+    text_id: ObjectId | None = None
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What will be read, in order; `field` is where a JSON line keeps its text, `skipped` counts files left out."""
+    """What will be read, in order; `left_out` says which files cannot be used, and why."""
 
     files: tuple[TextFile, ...]
-    field: str
     skip_bad: bool = False
-    skipped: int = 0
+    left_out: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
-        return sum(file.source.size for file in self.files)
+        """Bytes of text, unpacked."""
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record or document: where it comes from, and its fields, or its text as a stream, or why it is bad."""
+
+    origin: tuple[int, int, int]
+    place: str
+    fields: dict[str, Any] | None = None
+    text: Iterator[str] | None = None
+    text_id: ObjectId | None = None
+    bad: BadRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +115,14 @@ class Piece:
 
     text: str
     last: bool
+    origin: tuple[int, int, int] = (-1, -1, -1)
+    split: str = "train"
 
 
-def plan_corpus(inputs: Sequence[Input], *, field: str, skip_bad: bool, progress: Progress) -> Corpus:
-    """Read every file once: its digest, and whether it is text.
+def plan_corpus(inputs: Sequence[Input], *, skip_bad: bool, progress: Progress) -> Corpus:
+    """Read every file once: its digest, its parts, and whether it is what its name says.
 
-    Files that are not text or are empty are left out and named in warnings with `skip_bad`; without it they are one
+    Files that cannot be used or are empty are left out and named in warnings with `skip_bad`; without it they are one
     error that names the first. Raises AccessDenied, NotFound, or LlmosError for a file that changes meanwhile.
     """
     files: list[TextFile] = []
@@ -86,49 +141,208 @@ def plan_corpus(inputs: Sequence[Input], *, field: str, skip_bad: bool, progress
         progress.warn(f"left out: {text}")
     if not files:
         raise UsageError(f"{bad[0]}, and no other file is left" if bad else "there are no files to read")
-    return Corpus(tuple(files), field, skip_bad, len(bad))
+    return Corpus(tuple(files), skip_bad, tuple(bad))
 
 
-def read_pieces(
-    corpus: Corpus, bad_line: Callable[[str], None] = lambda _: None, *, piece_chars: int = PIECE_CHARS
-) -> Iterator[Piece]:
-    """All documents in order, in pieces of at most `piece_chars`, the last of a document twice as long.
+def slices_of(corpus: Corpus) -> list[list[tuple[int, Part]]]:
+    """The parts of the corpus in order, each with its file's number, in slices of about SLICE_BYTES of text."""
+    slices: list[list[tuple[int, Part]]] = []
+    room = 0
+    for number, file in enumerate(corpus.files):
+        for part in file.parts:
+            if part.size > room or not slices:
+                slices.append([])
+                room = SLICE_BYTES
+            slices[-1].append((number, part))
+            room -= part.size
+    return slices
 
-    With `skip_bad`, `bad_line` hears of each JSON line that is left out.
 
-    Raises LlmosError naming a file that is not what the plan read, UsageError naming file and line of a bad JSON line.
-    """
-    for file in corpus.files:
-        if file.lines:
-            for text in _line_texts(file, corpus.field, bad_line if corpus.skip_bad else None):
-                yield from _pieces(iter((text,)), piece_chars)
-        else:
-            yield from _pieces(_decoded(file), piece_chars)
+def read_corpus(corpus: Corpus, keys: Sequence[str]) -> Iterator[Record]:
+    """All records in order; of Parquet files only the columns `keys`."""
+    for number, file in enumerate(corpus.files):
+        for part in file.parts:
+            yield from read_part(file, number, part, keys)
+
+
+def read_part(file: TextFile, number: int, part: Part, keys: Sequence[str]) -> Iterator[Record]:
+    """The records of one part of file `number`. Raises LlmosError naming a file that is not what the plan read."""
+    if file.kind == "text":
+        yield Record((number, 0, 1), file.label, text=_decoded(file, part), text_id=file.text_id)
+    elif file.kind == "parquet":
+        yield from _read_rows(file, number, part, keys)
+    else:
+        read = read_csv if file.kind == "csv" else read_lines
+        for raw in read(_verified(file, part), part.start, part.record):
+            blank = raw.data is not None and not raw.data.strip(_BLANK)
+            if raw.number and not blank:
+                yield _parsed(file, number, raw)
+
+
+def pieces_of(record: Record, text: Iterator[str], limit: int, split: str) -> Iterator[Piece]:
+    """A document's text, cut where it is long: pieces of at most `limit`, the last twice as long."""
+    for piece in _pieces(text, limit):
+        yield replace(piece, origin=record.origin, split=split)
+
+
+def _parsed(file: TextFile, number: int, raw: Raw) -> Record:
+    noun = "record" if file.kind == "csv" else "line"
+    line = raw.number + 1 if file.kind == "tsv" else raw.number  # after the column names
+    origin = number, raw.offset, raw.number
+    place = f"{noun} {line} of {file.label} (at byte {raw.offset})"
+    try:
+        text = decode(raw)
+        if file.kind == "jsonl":
+            return Record(origin, place, parse_json(text))
+        return Record(origin, place, parse_columns(text, file.columns, tabs=file.kind == "tsv"))
+    except BadRecord as exc:
+        return Record(origin, place, bad=exc)
+
+
+def _read_rows(file: TextFile, number: int, part: Part, keys: Sequence[str]) -> Iterator[Record]:
+    with opened(file.path) as stream:
+        if stamp_of(stream) != file.stamp:
+            raise changed(file.label)
+        try:
+            for at, row in enumerate(read_rows(file.path, part.start, part.stop, keys), part.record):
+                yield Record((number, 0, at), f"row {at} of {file.label}", row)
+        except Unreadable as exc:
+            raise UsageError(f"{file.label} {exc}") from exc
+        if stamp_of(stream) != file.stamp:
+            raise changed(file.label)
 
 
 def _inspect(item: Input, advance: Callable[[int], None]) -> tuple[TextFile, str | None]:
     """Digest and check one file; the second value says why it cannot be used."""
-    hasher, problem = IdHasher(), None
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    done, head = 0, b""
-    with _opened(item.path) as stream:
-        stamp = _stamp(stream)
-        for block in _blocks(stream, item.path):
-            hasher.update(block)
-            advance(len(block))
-            problem = _not_text(block, done, decoder, final=False)
-            head = head or block[: len(codecs.BOM_UTF8)]
-            done += len(block)
-            if problem:
+    suffixes = PurePosixPath(item.name.lower()).suffixes
+    packing = PACKED.get(suffixes[-1], "") if suffixes else ""
+    kind = (
+        KINDS.get((suffixes[:-1] if packing else suffixes)[-1:][0], "text") if len(suffixes) > bool(packing) else "text"
+    )
+    hasher, check = IdHasher(), _Check(kind)
+    done = 0
+    with opened(item.path) as stream:
+        stamp = stamp_of(stream)
+
+        def plain() -> Iterator[bytes]:
+            nonlocal done
+            for block in streams.blocks(stream, item.path):
+                hasher.update(block)
+                advance(len(block))
+                done += len(block)
+                yield block
+
+        problem = None
+        try:
+            for block in streams.unpacked(plain(), packing, stamp[2]) if packing else plain():
+                problem = check.feed(block)
+                if problem:
+                    break
+            else:
+                problem = check.end()
+            if problem is None and (stamp_of(stream) != stamp or stamp[2] != done):
+                raise changed(item.label)
+            file = TextFile(item.path, item.label, Source(item.name, done, hasher.id()), stamp, kind, packing)
+            return (file, problem) if problem else (_with_parts(file, check), None)
+        except Unreadable as exc:
+            return TextFile(item.path, item.label, Source(item.name, done, hasher.id()), stamp), str(exc)
+
+
+class _Check:
+    """What is found out of a file's text while it passes: is it text, how long, where its lines may be cut."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        self.size = 0
+        self.cuts: list[tuple[int, int]] = [(0, 1 if kind == "jsonl" else 0)]  # byte, number of the record there
+        self.hasher = IdHasher()
+        self._lines = self.cuts[0][1]
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._head = b""
+
+    def feed(self, block: bytes) -> str | None:
+        problem = None
+        if self.kind == "text":
+            problem = _not_text(block, self.size, self._decoder, final=False)
+            self._feed_id(block)
+        elif self.kind in ("jsonl", "tsv"):
+            self._cut(block)
+        self._head = self._head or block[:3]
+        self.size += len(block)
+        return problem
+
+    def end(self) -> str | None:
+        if self.size <= len(self._head) and self._head in (b"", codecs.BOM_UTF8):
+            return "is empty"
+        return _not_text(b"", self.size, self._decoder, final=True) if self.kind == "text" else None
+
+    def _feed_id(self, block: bytes) -> None:
+        self.hasher.update(block.removeprefix(codecs.BOM_UTF8) if not self.size else block)
+
+    def _cut(self, block: bytes) -> None:
+        """Note a line's beginning once a slice is full."""
+        at = 0
+        while (wanted := self.cuts[-1][0] + SLICE_BYTES - self.size) < len(block):
+            found = block.find(b"\n", max(wanted, at))
+            if found < 0:
                 break
-        else:
-            problem = _not_text(b"", done, decoder, final=True)
-            if done <= len(head) and head in (b"", codecs.BOM_UTF8):
-                problem = "is empty"
-        if problem is None and (_stamp(stream) != stamp or stamp[2] != done):
-            raise _changed(item.label)
-    lines = item.name.lower().endswith(LINE_SUFFIXES)
-    return TextFile(item.path, item.label, Source(item.name, done, hasher.id()), stamp, lines), problem
+            self._lines += block.count(b"\n", at, found + 1)
+            at = found + 1
+            self.cuts.append((self.size + at, self._lines))
+        self._lines += block.count(b"\n", at)
+
+
+def _with_parts(file: TextFile, check: _Check) -> TextFile:
+    """The parts of a file, and its columns. One that is packed is one part: it cannot be entered in the middle."""
+    size = check.size
+    if file.kind == "parquet":
+        rows, columns, unpacked = row_groups(file.path)
+        starts = [sum(rows[:at]) + 1 for at in range(len(rows))]
+        parts = [Part(at, at + 1, starts[at], unpacked // len(rows), None) for at in range(len(rows))]
+        return replace(file, columns=columns, parts=tuple(parts))
+    whole = Part(0, size, check.cuts[0][1], size, None if file.packing else file.source.id)
+    file = replace(file, parts=(whole,))
+    if file.kind == "text":
+        return replace(file, text_id=check.hasher.id())
+    if file.kind in ("csv", "tsv"):
+        file = replace(file, columns=_columns(file, whole))
+    if file.packing or size <= SLICE_BYTES:
+        return file
+    cuts = check.cuts if file.kind != "csv" else _csv_cuts(file, whole)
+    ends = [(at, record) for at, record in cuts if at < size] + [(size, 0)]
+    with opened(file.path) as stream:
+        parts = []
+        for (start, record), (stop, _) in pairwise(ends):
+            hasher = IdHasher()
+            for block in streams.blocks(stream, file.path, stop - start):
+                hasher.update(block)
+            parts.append(Part(start, stop, record, stop - start, hasher.id()))
+        if stamp_of(stream) != file.stamp:
+            raise changed(file.label)
+    return replace(file, parts=tuple(parts))
+
+
+def _columns(file: TextFile, whole: Part) -> tuple[str, ...]:
+    read = read_csv if file.kind == "csv" else read_lines
+    found = read(_verified(file, whole), 0, 0)
+    try:
+        text = decode(next(found))
+        fields = text.split("\t") if file.kind == "tsv" else split_csv(text)
+    except BadRecord as exc:
+        raise Unreadable(f"has a first line that {exc}") from exc
+    if fields is None:
+        raise Unreadable("has a quote in its first line that does not end")
+    if len(set(fields)) < len(fields):
+        raise Unreadable("names a column twice in its first line")
+    return tuple(fields)
+
+
+def _csv_cuts(file: TextFile, whole: Part) -> list[tuple[int, int]]:
+    cuts = [(0, 0)]
+    for raw in read_csv(_verified(file, whole), 0, 0):
+        if raw.offset - cuts[-1][0] >= SLICE_BYTES:
+            cuts.append((raw.offset, raw.number))
+    return cuts
 
 
 def _not_text(block: bytes, start: int, decoder: codecs.IncrementalDecoder, *, final: bool) -> str | None:
@@ -144,96 +358,39 @@ def _not_text(block: bytes, start: int, decoder: codecs.IncrementalDecoder, *, f
     return f"is not text (a NUL byte at offset {start + nul})" if nul >= 0 else None
 
 
-def _verified(file: TextFile) -> Iterator[bytes]:
-    """The bytes of a planned file; raises LlmosError unless they are the ones that were planned."""
+def _verified(file: TextFile, part: Part) -> Iterator[bytes]:
+    """The unpacked bytes of a part; raises LlmosError unless they are the ones that were planned."""
     hasher = IdHasher()
-    with _opened(file.path) as stream:
-        if _stamp(stream) != file.stamp:
-            raise _changed(file.label)
-        for block in _blocks(stream, file.path):
-            hasher.update(block)
-            yield block
-        if _stamp(stream) != file.stamp or hasher.id() != file.source.id:
-            raise _changed(file.label)
+    with opened(file.path) as stream:
+        if stamp_of(stream)[2] != file.source.size:
+            raise changed(file.label)
+
+        def plain() -> Iterator[bytes]:
+            for block in streams.blocks(stream, file.path, None if file.packing else part.stop - part.start):
+                hasher.update(block)
+                yield block
+
+        try:
+            if file.packing:
+                yield from streams.unpacked(plain(), file.packing, file.source.size)
+            else:
+                stream.seek(part.start)
+                yield from plain()
+        except Unreadable as exc:
+            raise changed(file.label) from exc
+        expected = file.source.id if file.packing else part.id
+        if hasher.id() != expected or stamp_of(stream)[2] != file.source.size:
+            raise changed(file.label)
 
 
-def _decoded(file: TextFile) -> Iterator[str]:
+def _decoded(file: TextFile, part: Part) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
-        for block in _verified(file):
+        for block in _verified(file, part):
             yield decoder.decode(block)
         yield decoder.decode(b"", True)
     except UnicodeDecodeError as exc:
-        raise _changed(file.label) from exc
-
-
-def _line_texts(file: TextFile, field: str, bad_line: Callable[[str], None] | None) -> Iterator[str]:
-    number = documents = 0
-    for number, line in enumerate(_lines(file), 1):
-        content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if not content.strip():
-            continue
-        try:
-            text = _line_text(content, field)
-        except _BadLine as exc:
-            if bad_line is None:
-                raise UsageError(f"line {number} of {file.label} {exc}", hint=exc.hint) from exc
-            bad_line(f"line {number} of {file.label} {exc}")
-            continue
-        documents += 1
-        yield text
-    if not documents and bad_line is None:
-        raise UsageError(f"{file.label} holds no documents in {number} lines", hint=_SKIP_HINT)
-
-
-class _BadLine(Exception):
-    def __init__(self, why: str, hint: str = "mend the line, or leave such lines out with --skip-bad") -> None:
-        super().__init__(why)
-        self.hint = hint
-
-
-def _line_text(line: bytes, field: str) -> str:
-    if len(line) > LINE_BYTES:
-        raise _BadLine(f"is longer than {LINE_BYTES // MiB} MiB")
-    try:
-        value = json.loads(line)
-    except RecursionError:
-        raise _BadLine("is nested too deeply") from None
-    except ValueError as exc:
-        raise _BadLine(f"is not valid JSON: {str(exc)[:200]}") from exc
-    if not isinstance(value, dict):
-        raise _BadLine("is not a JSON object")
-    if field not in value:
-        texts = [key for key, item in value.items() if isinstance(item, str)]
-        near = f"say which field holds the text: --field {texts[0]}" if texts else "say which with --field"
-        raise _BadLine(f"has no field {field!r}", near)
-    text = value[field]
-    if not isinstance(text, str):
-        raise _BadLine(f"has a field {field!r} that is not a string")
-    if not text:
-        raise _BadLine(f"has an empty field {field!r}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _BadLine(f"has half a surrogate pair in field {field!r}") from None
-    return text
-
-
-def _lines(file: TextFile) -> Iterator[bytes]:
-    """Lines without their ends; of one over the limit, only enough to see that it is."""
-    held: list[bytes] = []
-    size = 0
-    for block in _verified(file):
-        head, *rest = block.split(b"\n")
-        for part in [head, *rest[:-1]] if rest else []:
-            yield b"".join((*held, part))
-            held, size = [], 0
-        tail = rest[-1] if rest else head
-        if size <= LINE_BYTES:
-            held.append(tail)
-        size += len(tail)
-    if size:
-        yield b"".join(held)
+        raise changed(file.label) from exc
 
 
 def _pieces(texts: Iterator[str], limit: int) -> Iterator[Piece]:
@@ -263,40 +420,8 @@ def cut_point(text: str, start: int, stop: int) -> int:
     return stop
 
 
-def _opened(path: Path) -> BinaryIO:
-    """Open a regular file; what became a pipe since it was found does not block, and is refused."""
-    try:
-        stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            stream.close()
-            raise Unsafe(f"{path} is not a regular file any more")
-    except OSError as exc:
-        raise from_os_error(exc, f"reading {path}") from exc
-    return stream
-
-
-def _blocks(stream: BinaryIO, path: Path) -> Iterator[bytes]:
-    while True:
-        try:
-            block = stream.read(_BLOCK)
-        except OSError as exc:
-            raise from_os_error(exc, f"reading {path}") from exc
-        if not block:
-            return
-        yield block
-
-
-def _stamp(stream: BinaryIO) -> tuple[int, int, int, int]:
-    status = os.fstat(stream.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _changed(label: str) -> LlmosError:
-    return LlmosError(f"{label} changed while it was read", hint="run the command again once nothing writes to it")

@@ -1,7 +1,8 @@
 """Tokenizers for sharding: trained on the corpus, or taken from the store or a Hugging Face folder, as files.
 
-What is trained is a byte-level BPE: any text comes back exactly, there is no unknown token. The same texts give the
-same bytes on any machine. What is taken is kept byte for byte. Needs the `tokenizers` library only, never torch.
+What is trained is a byte-level BPE: any text comes back exactly, there is no unknown token; or a WordPiece as BERT has
+it, for masked words. The same texts give the same bytes on any machine. What is taken is kept byte for byte. Needs the
+`tokenizers` library only, never torch.
 """
 
 import json
@@ -9,9 +10,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from llmos_cli.data.corpus import CUT_BEFORE, PIECE_CHARS, Corpus, read_pieces
+from llmos_cli.data.corpus import CUT_BEFORE, PIECE_CHARS
+from llmos_cli.data.tasks.chat import CHATML, CHATML_TOKENS
 from llmos_cli.errors import Damaged, NotFound, UsageError, from_os_error
 from llmos_cli.formats import canonical
 from llmos_cli.formats.limits import KiB, MiB
@@ -25,6 +27,8 @@ CONFIG_FILE: Final = "tokenizer_config.json"
 MAP_FILE: Final = "special_tokens_map.json"
 FILES: Final = (TOKENIZER_FILE, CONFIG_FILE, MAP_FILE, "chat_template.jinja")
 END_OF_TEXT: Final = "<|endoftext|>"
+BERT_TOKENS: Final = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+Method = Literal["bpe", "wordpiece"]
 MIN_VOCAB: Final = 257  # every byte, and the end of a text
 MAX_VOCAB: Final = 1_000_000
 _SAMPLE_PER_TOKEN: Final = 4 * KiB  # more text hardly changes the merges, but takes its time
@@ -45,13 +49,37 @@ class Encoding:
     eos_id: int
     vocab_size: int
     piece_chars: int
+    pad_id: int | None = None
+    mask_id: int | None = None
+    begin_id: int | None = None  # before a text that is to be filled in: [CLS]
+    special: tuple[str, ...] = ()  # what only templates may write
 
 
-def train_tokenizer(corpus: Corpus, vocab_size: int, progress: Progress) -> dict[str, bytes]:
-    """A byte-level BPE for `corpus`, as the files of a Hugging Face tokenizer.
+def train_tokenizer(
+    texts: Iterator[str],
+    total: int,
+    vocab_size: int,
+    progress: Progress,
+    *,
+    method: Method = "bpe",
+    chat: bool = False,
+) -> dict[str, bytes]:
+    """A tokenizer for `texts` of about `total` bytes, as the files of a Hugging Face tokenizer.
 
-    Of a large corpus, evenly spaced pieces are used. A small one may give a smaller vocabulary.
+    Of much text, evenly spaced pieces are used. Little may give a smaller vocabulary. With `chat` it has a template
+    (ChatML), and a chat's turns end in a token of their own.
     """
+    tokenizer, trainer, config = _wordpiece(vocab_size) if method == "wordpiece" else _bpe(vocab_size, chat=chat)
+    with progress.task("training the tokenizer", total=total) as task:
+        limit = min(_SAMPLE_BYTES, vocab_size * _SAMPLE_PER_TOKEN)
+        sample = _sample(texts, total, limit, task)
+        _wait_for(lambda: tokenizer.train_from_iterator(sample, trainer), beat=lambda: task.advance(0))
+    if method == "wordpiece":
+        _add_frame(tokenizer)
+    return {TOKENIZER_FILE: tokenizer.to_str().encode(), CONFIG_FILE: canonical.encode(config)}
+
+
+def _bpe(vocab_size: int, *, chat: bool) -> tuple["Tokenizer", Any, canonical.Json]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -59,24 +87,55 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, progress: Progress) -> dict
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *(CHATML_TOKENS if chat else ())],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    with progress.task("training the tokenizer", total=corpus.size) as task:
-        limit = min(_SAMPLE_BYTES, vocab_size * _SAMPLE_PER_TOKEN)
-        _wait_for(
-            lambda: tokenizer.train_from_iterator(_sample(corpus, limit, task), trainer), beat=lambda: task.advance(0)
-        )
-    config: canonical.Json = {
+    config: dict[str, canonical.Json] = {
         "add_prefix_space": False,
         "bos_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
-        "eos_token": END_OF_TEXT,
+        "eos_token": CHATML_TOKENS[1] if chat else END_OF_TEXT,
         "pad_token": END_OF_TEXT,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    return {TOKENIZER_FILE: tokenizer.to_str().encode(), CONFIG_FILE: canonical.encode(config)}
+    return tokenizer, trainer, config | ({"chat_template": CHATML} if chat else {})
+
+
+def _wordpiece(vocab_size: int) -> tuple["Tokenizer", Any, canonical.Json]:
+    """Lower case, without accents, Chinese characters one by one: as BERT's own."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    pad, unknown, start, end, mask = BERT_TOKENS
+    tokenizer = Tokenizer(models.WordPiece(unk_token=unknown))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, handle_chinese_chars=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(BERT_TOKENS), limit_alphabet=8000, show_progress=False
+    )
+    config: canonical.Json = {
+        "clean_up_tokenization_spaces": False,
+        "cls_token": start,
+        "do_lower_case": True,
+        "mask_token": mask,
+        "pad_token": pad,
+        "sep_token": end,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": unknown,
+    }
+    return tokenizer, trainer, config
+
+
+def _add_frame(tokenizer: "Tokenizer") -> None:
+    from tokenizers import processors
+
+    _, _, start, end, _ = BERT_TOKENS
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}",
+        pair=f"{start} $A {end} $B:1 {end}:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (start, end)],
+    )
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
@@ -113,7 +172,18 @@ def make_encoding(files: Mapping[str, bytes], what: str) -> Encoding:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    return Encoding(tokenizer, eos_id, vocab_size, PIECE_CHARS if _joins(tokenizer) else _UNCUT_CHARS)
+    named = _named_tokens(files, what)
+    ids = {role: tokenizer.token_to_id(text) for role, text in named.items()}
+    return Encoding(
+        tokenizer,
+        eos_id,
+        vocab_size,
+        PIECE_CHARS if _joins(tokenizer) else _UNCUT_CHARS,
+        pad_id=ids.get("pad_token"),
+        mask_id=ids.get("mask_token"),
+        begin_id=ids.get("cls_token"),
+        special=tuple(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special),
+    )
 
 
 def _joins(tokenizer: "Tokenizer") -> bool:
@@ -137,16 +207,27 @@ def _for_training(table: Any, eos: str) -> Any:
 
 
 def _end_of_text(files: Mapping[str, bytes], what: str) -> str:
-    for name in (CONFIG_FILE, MAP_FILE):
-        table = canonical.loads(files[name], f"the {name} of {what}") if name in files else None
-        token = table.get("eos_token") if isinstance(table, dict) else None
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str) and text:
-            return text
+    """The token that ends a text: `eos_token`, or where there is none, as with BERT, `sep_token`."""
+    named = _named_tokens(files, what)
+    for role in ("eos_token", "sep_token"):
+        if role in named:
+            return named[role]
     raise UsageError(
         f"the tokenizer of {what} does not say which token ends a text",
         hint=f'add "eos_token" to its {CONFIG_FILE}',
     )
+
+
+def _named_tokens(files: Mapping[str, bytes], what: str) -> dict[str, str]:
+    """The tokens that have a role, by its name ("eos_token")."""
+    named: dict[str, str] = {}
+    for name in (CONFIG_FILE, MAP_FILE):
+        table = canonical.loads(files[name], f"the {name} of {what}") if name in files else None
+        for role, token in table.items() if isinstance(table, dict) else ():
+            text = token.get("content") if isinstance(token, dict) else token
+            if role.endswith("_token") and isinstance(text, str) and text:
+                named.setdefault(role, text)
+    return named
 
 
 def _wait_for(work: Callable[[], None], beat: Callable[[], None]) -> None:
@@ -169,11 +250,11 @@ def _wait_for(work: Callable[[], None], beat: Callable[[], None]) -> None:
         raise failed[0]
 
 
-def _sample(corpus: Corpus, limit: int, task: Task) -> Iterator[str]:
+def _sample(texts: Iterator[str], total: int, limit: int, task: Task) -> Iterator[str]:
     """All text, or pieces at even distances that sum to about `limit` bytes."""
-    total, seen, taken = corpus.size, 0, 0
-    for piece in read_pieces(corpus):
-        text, size = piece.text, len(piece.text.encode("utf-8"))
+    seen = taken = 0
+    for text in texts:
+        size = len(text.encode("utf-8"))
         task.advance(size)
         if total <= limit or taken * total <= limit * seen:
             taken += size

@@ -1,4 +1,5 @@
 import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,8 +56,9 @@ def test_bad_files_are_one_error_or_are_left_out(llmos: Llmos, corpus: Path) -> 
     assert "bad.bin is not text (a NUL byte at offset 1), and 1 more of 4 files" in ran.err
     assert "--skip-bad" in ran.err
     ran = llmos("shard", corpus, "web", "--tokenizer", "train:280", "--skip-bad", "--json")
-    assert ran.code == 0
+    assert ran.code == 3
     assert ran.json["skipped"] == 2
+    assert "web:latest was made without 2 files that cannot be used" in ran.err
     assert "bad.bin" in ran.err
 
 

@@ -1,35 +1,54 @@
+import gzip
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos_cli.data import corpus as corpora
-from llmos_cli.data.corpus import Corpus, cut_point, plan_corpus, read_pieces
+from llmos_cli.data.corpus import Corpus, cut_point, plan_corpus, read_corpus, read_part, slices_of
 from llmos_cli.data.inputs import find_inputs
+from llmos_cli.data.sources import records as parsing
+from llmos_cli.data.sources.records import BadRecord
+from llmos_cli.data.tasks.fields import pick
 from llmos_cli.errors import AccessDenied, LlmosError, UsageError
 from llmos_cli.formats.ids import object_id
 from llmos_cli.progress import Silent
 
 
-def plan(*paths: Path, skip_bad: bool = False, field: str = "text", progress: Silent | None = None) -> Corpus:
+def plan(*paths: Path, skip_bad: bool = False, progress: Silent | None = None) -> Corpus:
     progress = progress or Silent()
     inputs = find_inputs([str(path) for path in paths], progress)
-    return plan_corpus(inputs, field=field, skip_bad=skip_bad, progress=progress)
+    return plan_corpus(inputs, skip_bad=skip_bad, progress=progress)
 
 
-def documents(corpus: Corpus, **options: object) -> list[str]:
-    result, parts = [], []
-    for piece in read_pieces(corpus, **options):  # type: ignore[arg-type]
-        parts.append(piece.text)
-        if piece.last:
-            result.append("".join(parts))
-            parts = []
-    assert not parts
+def documents(corpus: Corpus, field: str = "text", bad: list[str] | None = None) -> list[str]:
+    """Every document's text; bad records are told in `bad`, or are an error."""
+    result = []
+    for record in read_corpus(corpus, (field,)):
+        try:
+            if record.bad:
+                raise record.bad
+            if record.text is not None:
+                result.append("".join(record.text))
+            else:
+                assert record.fields is not None
+                result += pick(record.fields, "lm", {"text": field}).texts
+        except BadRecord as exc:
+            if bad is None:
+                raise UsageError(f"{record.place} {exc}", hint=exc.hint) from exc
+            bad.append(f"{record.place} {exc}")
     return result
+
+
+def records(path: Path) -> list[dict[str, object]]:
+    found = list(read_corpus(plan(path), ("text", "label")))
+    assert not [record.bad for record in found if record.bad]
+    return [record.fields for record in found if record.fields is not None]
 
 
 def test_every_file_is_a_document_and_the_plan_names_its_bytes(folder: Path) -> None:
@@ -54,7 +73,7 @@ def test_json_lines_give_a_document_each(tmp_path: Path) -> None:
 def test_another_field_may_hold_the_text(tmp_path: Path) -> None:
     path = tmp_path / "a.NDJSON"
     path.write_text('{"body": "x", "text": "y"}\n')
-    assert documents(plan(path, field="body")) == ["x"]
+    assert documents(plan(path), "body") == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +116,7 @@ def test_skip_bad_leaves_out_and_names_every_bad_file(folder: Path) -> None:
     progress = Silent()
     corpus = plan(folder, skip_bad=True, progress=progress)
     assert [file.source.name for file in corpus.files] == ["corpus/a.txt", "corpus/b.md", "corpus/sub/c.py"]
-    assert corpus.skipped == 2
+    assert len(corpus.left_out) == 2
     assert any("aa.bin is not text" in text for text in progress.warnings)
     assert any("empty is empty" in text for text in progress.warnings)
 
@@ -127,7 +146,7 @@ def test_a_bad_json_line_is_named_by_file_and_number(tmp_path: Path, line: str, 
     with pytest.raises(UsageError, match=rf"line 3 of .*a\.jsonl .*{why}"):
         documents(plan(path))
     left_out: list[str] = []
-    assert documents(plan(path, skip_bad=True), bad_line=left_out.append) == ["first", "last"]
+    assert documents(plan(path), bad=left_out) == ["first", "last"]
     assert len(left_out) == 1
     assert "line 3" in left_out[0]
 
@@ -140,14 +159,13 @@ def test_a_missing_field_hints_at_one_that_is_there(tmp_path: Path) -> None:
     assert "--field content" in (caught.value.hint or "")
 
 
-def test_json_lines_without_a_document_are_an_error(tmp_path: Path) -> None:
+def test_blank_lines_are_no_records(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n\n")
-    with pytest.raises(UsageError, match=r"a\.jsonl holds no documents"):
-        documents(plan(tmp_path / "a.jsonl"))
+    assert documents(plan(tmp_path / "a.jsonl")) == []
 
 
 def test_a_line_over_the_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "LINE_BYTES", 2 << 20)
+    monkeypatch.setattr(parsing, "LINE_BYTES", 2 << 20)
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "b" * (5 << 20)}) + "\n")
     with pytest.raises(UsageError, match=r"line 2 of .* longer than 2 MiB"):
@@ -247,3 +265,78 @@ def split(text: str) -> Iterator[str]:
 )
 def test_a_long_document_is_cut_before_white_space_that_follows_a_word(text: str, piece: str) -> None:
     assert text[: cut_point(text, 0, 20)] == piece
+
+
+TABLE = 'label,text\r\n1,"one, ""two""\nthree"\r\n0,5" disk\r\n\r\n1,你好\r\n'
+ROWS = [
+    {"label": "1", "text": 'one, "two"\nthree'},
+    {"label": "0", "text": '5" disk'},
+    {"label": "1", "text": "你好"},
+]
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_csv_is_read_as_spreadsheets_write_it(tmp_path: Path, start: str) -> None:
+    (tmp_path / "a.csv").write_bytes((start + TABLE).encode())
+    assert records(tmp_path / "a.csv") == ROWS
+
+
+def test_packed_files_hold_what_they_were_made_from(tmp_path: Path) -> None:
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(TABLE.encode()) + gzip.compress(b"0,more\n"))
+    assert records(tmp_path / "a.csv.gz") == [*ROWS, {"label": "0", "text": "more"}]
+    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"plain text"))
+    assert documents(plan(tmp_path / "b.txt.zst")) == ["plain text"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst"])
+def test_a_packed_file_that_is_cut_short_is_named(tmp_path: Path, name: str) -> None:
+    text = json.dumps({"text": os.urandom(5000).hex()}).encode()
+    packed = gzip.compress(text) if name.endswith("gz") else zstandard.compress(text)
+    (tmp_path / name).write_bytes(packed[:-20])
+    with pytest.raises(UsageError, match=name):
+        plan(tmp_path / name)
+
+
+def test_a_bomb_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b" " * (70 << 20)))
+    with pytest.raises(UsageError, match="unpacks to more than 250 times its size"):
+        plan(tmp_path / "a.txt.gz")
+
+
+def test_parquet_rows_are_records(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": ["one", "two", "你好"], "label": [1, 0, 1], "other": [b"", b"", b""]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    corpus = plan(tmp_path / "a.parquet")
+    assert records(tmp_path / "a.parquet") == table.select(["text", "label"]).to_pylist()
+    assert [record.origin for record in read_corpus(corpus, ("text",))] == [(0, 0, 1), (0, 0, 2), (0, 0, 3)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv"])
+def test_parts_of_a_large_file_give_its_records_each_alone(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"{number} " + "x" * (number % 97) for number in range(500)]
+    if name == "a.jsonl":
+        text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
+    else:
+        end = '\n"' if name == "a.csv" else ""
+        text = "text\n" + "".join(f'"{line}{end}\n' if end else f"{line}\n" for line in lines)
+    (tmp_path / name).write_text(text)
+    whole = [(record.origin, record.fields) for record in read_corpus(plan(tmp_path / name), ())]
+    monkeypatch.setattr(corpora, "SLICE_BYTES", 1000)
+    corpus = plan(tmp_path / name)
+    slices = slices_of(corpus)
+    assert len(slices) > 10
+    found = [
+        (record.origin, record.fields)
+        for parts in reversed(slices)
+        for number, part in parts
+        for record in reversed(list(read_part(corpus.files[number], number, part, ())))
+    ]
+    assert found[::-1] == whole
+    assert len(whole) == 500
+    data = (tmp_path / name).read_bytes()
+    assert all(data[offset - 1 : offset] in (b"\n", b"") for (_, offset, _), _ in whole)

@@ -8,6 +8,7 @@ import pytest
 
 from llmos_cli.data.batches import TokenRows
 from llmos_cli.data.make import Made, Request, make_dataset
+from llmos_cli.data.slices import VERSION
 from llmos_cli.data.tokenizer import make_encoding
 from llmos_cli.errors import Conflict, Damaged, LlmosError, NotFound, UsageError
 from llmos_cli.formats.manifest import Manifest
@@ -75,7 +76,10 @@ def test_the_recipe_names_inputs_parameters_and_tools(store: Store, folder: Path
         "tokenizer": "train:300",
         "seq_len": 16,
         "shard_size": 256,
-        "field": "text",
+        "task": "lm",
+        "method": "bpe",
+        "fields": {"text": "text"},
+        "encoding": VERSION,
         "skip_bad": False,
         "layout": 2,
     }
@@ -199,7 +203,7 @@ def test_standard_input_is_json_lines_once_a_field_is_named(store: Store, docume
 def test_bad_standard_input_is_called_by_that_name(store: Store) -> None:
     with pytest.raises(UsageError, match="standard input is not text"):
         make(store, request("-"), stdin=b"a\0b")
-    with pytest.raises(UsageError, match="line 1 of standard input is not valid JSON"):
+    with pytest.raises(UsageError, match=r"line 1 of standard input \(at byte 0\) is not valid JSON"):
         make(store, request("-", field="text"), stdin=b"nope\n")
 
 
@@ -209,7 +213,7 @@ def test_what_is_left_out_is_counted(store: Store, folder: Path, documents_of: D
     progress = Silent()
     made = make_dataset(store, WEB, request(folder, skip_bad=True), progress=progress)
     assert made.manifest.meta["skipped"] == 1
-    assert made.manifest.meta["skipped_lines"] == 2
+    assert made.manifest.meta["skipped_records"] == 2
     assert len(progress.warnings) == 3
     assert "good" in texts(store, made, documents_of)
 
@@ -218,9 +222,9 @@ def test_many_bad_lines_are_counted_not_listed(store: Store, folder: Path) -> No
     (folder / "d.jsonl").write_text('{"text": "good"}\n' + "bad\n" * 500)
     progress = Silent()
     made = make_dataset(store, WEB, request(folder, skip_bad=True), progress=progress)
-    assert made.manifest.meta["skipped_lines"] == 500
+    assert made.manifest.meta["skipped_records"] == 500
     assert len(progress.warnings) == 21
-    assert "480 more lines" in progress.warnings[-1]
+    assert "480 more records" in progress.warnings[-1]
 
 
 def test_only_bad_lines_make_no_dataset(store: Store, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from llmos_cli.data.corpus import CUT_BEFORE, PIECE_CHARS, Corpus, plan_corpus
 from llmos_cli.data.inputs import find_inputs
+from llmos_cli.data.survey import read_texts
 from llmos_cli.data.tokenizer import END_OF_TEXT, Encoding, make_encoding, read_folder, train_tokenizer
 from llmos_cli.errors import Damaged, LlmosError, NotFound, UsageError
-from llmos_cli.progress import Silent
+from llmos_cli.progress import Progress, Silent
 
 TINY = {
     "version": "1.0",
@@ -51,7 +52,17 @@ TINY = {
 
 
 def plan(folder: Path) -> Corpus:
-    return plan_corpus(find_inputs([str(folder)], Silent()), field="text", skip_bad=False, progress=Silent())
+    return plan_corpus(find_inputs([str(folder)], Silent()), skip_bad=False, progress=Silent())
+
+
+def train(folder: Path, vocab_size: int, progress: Progress | None = None, **options: Any) -> dict[str, bytes]:
+    corpus = plan(folder)
+    return train_on(corpus, vocab_size, progress, **options)
+
+
+def train_on(corpus: Corpus, vocab_size: int, progress: Progress | None = None, **options: Any) -> dict[str, bytes]:
+    texts = read_texts(corpus, "lm", {"text": "text"}, set(), PIECE_CHARS)
+    return train_tokenizer(texts, corpus.size, vocab_size, progress or Silent(), **options)
 
 
 def given_files(table: object = TINY, **config: object) -> dict[str, bytes]:
@@ -68,11 +79,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "a.txt").write_text("the cat sat on the mat, the dog sat on the cat\n" * 50)
     (folder / "b.py").write_text("def f(x):\n    return {'x': x + 1}\n" * 50)
-    return train_tokenizer(plan(folder), 280, Silent())
+    return train(folder, 280)
 
 
 def test_training_twice_gives_the_same_bytes(folder: Path) -> None:
-    assert train_tokenizer(plan(folder), 300, Silent()) == train_tokenizer(plan(folder), 300, Silent())
+    assert train(folder, 300) == train(folder, 300)
 
 
 def test_ctrl_c_is_answered_while_native_code_computes(folder: Path) -> None:
@@ -91,14 +102,14 @@ def test_ctrl_c_is_answered_while_native_code_computes(folder: Path) -> None:
 
     corpus = plan(folder)
     with pytest.raises(KeyboardInterrupt):
-        train_tokenizer(corpus, 300, PressesCtrlC())
+        train_on(corpus, 300, PressesCtrlC())
 
 
 def test_a_file_that_changes_under_the_training_is_named(folder: Path) -> None:
     corpus = plan(folder)
     (folder / "a.txt").write_text("other words")
     with pytest.raises(LlmosError, match=r"a\.txt"):
-        train_tokenizer(corpus, 300, Silent())
+        train_on(corpus, 300)
 
 
 @given(text=st.text())
@@ -116,7 +127,7 @@ def test_the_vocabulary_holds_every_byte_and_merges(trained: dict[str, bytes]) -
 
 def test_a_small_corpus_gives_a_small_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ab")
-    assert make_encoding(train_tokenizer(plan(tmp_path), 4096, Silent()), "it").vocab_size == 258
+    assert make_encoding(train(tmp_path, 4096), "it").vocab_size == 258
 
 
 def test_the_end_of_text_written_in_a_text_is_text(trained: dict[str, bytes]) -> None:
