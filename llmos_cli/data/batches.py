@@ -52,6 +52,7 @@ class Batch:
 class _Plan:
     """Where the segments of a shard's rows lie; those of row r are `first[r]` to `first[r + 1]`."""
 
+    seq_len: int
     first: np.ndarray
     columns: np.ndarray
     filled: np.ndarray
@@ -107,22 +108,25 @@ class TokenRows:
             plan is None or bool(plan.single[rows[shards == number]].all()) for number, plan in plans.items()
         ):
             return Batch(ids)
-        begins = np.zeros(ids.shape, bool)
         filled = np.full(len(ids), self.seq_len)
+        begins = [np.arange(len(ids)) * self.seq_len]
         for number, plan in plans.items():
             if plan is not None:
-                _mark(plan, rows, np.flatnonzero(shards == number), begins, filled)
-        columns = np.arange(self.seq_len)
-        begins[:, 0] = True
-        padding = columns >= filled[:, None]
-        begins |= columns == filled[:, None]
-        positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
-        documents = np.cumsum(begins, axis=1) - 1
-        documents[padding] = -1
-        learned = ~(begins | padding)
+                begins.append(_begins(plan, rows, np.flatnonzero(shards == number), filled))
+        ended = np.flatnonzero(filled < self.seq_len)
+        begins.append(ended * self.seq_len + filled[ended])
+        starts = np.unique(np.concatenate(begins))
+        lengths = np.diff(starts, append=ids.size)
+        row = starts // self.seq_len
+        numbers = np.arange(len(starts)) - np.searchsorted(starts, row * self.seq_len)
+        numbers[starts - row * self.seq_len >= filled[row]] = -1
+        positions = np.arange(ids.size) - np.repeat(starts, lengths)
+        documents = np.repeat(numbers, lengths).reshape(ids.shape)
+        learned = documents >= 0
+        learned.reshape(-1)[starts] = False
         if self._loss is not None:
             learned &= self._loss.take(shards, rows) != 0
-        return Batch(ids, positions, documents, learned)
+        return Batch(ids, positions.reshape(ids.shape), documents, learned)
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every token once: batches of rows in stored order; of an older dataset then its tail, one short row.
@@ -290,13 +294,14 @@ def _read_plan(shard: ShardFile, rows: int, seq_len: int) -> _Plan:
         raise Damaged(f"{shard.entry.path} has segments that do not fit its rows")
     columns = before[:-1] - before[first[:-1]][row]
     single = (np.diff(first) == 1) & (filled == seq_len)
-    return _Plan(first, columns.astype(np.int32), filled.astype(np.int32), single)
+    return _Plan(seq_len, first, columns.astype(np.int32), filled.astype(np.int32), single)
 
 
-def _mark(plan: _Plan, rows: np.ndarray, here: np.ndarray, begins: np.ndarray, filled: np.ndarray) -> None:
-    """Mark where segments begin in the rows `here` of a batch, and how far each is filled."""
+def _begins(plan: _Plan, rows: np.ndarray, here: np.ndarray, filled: np.ndarray) -> np.ndarray:
+    """Where segments begin, counted through a batch, in its rows `here`; says in `filled` how far each is filled."""
     first = plan.first[rows[here]]
     numbers = plan.first[rows[here] + 1] - first
     each = np.arange(numbers.sum()) + np.repeat(first - (np.cumsum(numbers) - numbers), numbers)
-    begins[np.repeat(here, numbers), plan.columns[each]] = True
     filled[here] = plan.filled[rows[here]]
+    begins: np.ndarray = np.repeat(here, numbers) * plan.seq_len + plan.columns[each]
+    return begins

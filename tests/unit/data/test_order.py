@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmos_cli.data.order import batch_indices, sample_indices
+from llmos_cli.data.order import batch_indices, order_of, rows_of, sample_indices, share
+from llmos_cli.errors import UsageError
 from llmos_cli.formats.ids import object_id
 
 DATA = object_id(b"a dataset")
@@ -83,3 +84,28 @@ def test_neighbours_are_scattered(rows: int) -> None:
     order = sample_indices(DATA, 0, 0, rows, range(rows)).astype(float)
     assert abs(np.corrcoef(order, np.arange(rows))[0, 1]) < 0.5
     assert np.mean(np.abs(np.diff(order))) > rows / 6
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_any_number_of_ranks_sees_the_same_rows_in_the_same_order(ranks: int, parts: int) -> None:
+    order = order_of(rows_of(DATA, 1000, 64), 7)
+    for step in (0, 5, 90):
+        batch = order.batch(step, 24)
+        shares = [share(batch, ranks=ranks, rank=rank, parts=parts) for rank in range(ranks)]
+        assert np.concatenate([shares[rank][part] for part in range(parts) for rank in range(ranks)]).tolist() == (
+            batch_indices(DATA, 7, step, 24, 1000).tolist()
+        )
+
+
+def test_ranks_that_do_not_divide_a_batch_are_refused_with_those_that_do() -> None:
+    with pytest.raises(UsageError, match="a batch of 24 in 2 parts cannot be divided among 5 ranks") as error:
+        share(np.arange(24), ranks=5, rank=0, parts=2)
+    assert error.value.hint == "it can be divided among 1, 2, 3, 4, 6, 12"
+
+
+def test_what_an_order_remembers_changes_nothing() -> None:
+    forward, rows = order_of(rows_of(DATA, 700, 64), 1), rows_of(DATA, 700, 64)
+    batches = [forward.batch(step, 100).tolist() for step in range(120)]
+    backward = order_of(rows, 1)
+    assert [backward.batch(step, 100).tolist() for step in reversed(range(120))] == batches[::-1]
