@@ -5,20 +5,24 @@ With --json, one object. A status is equal, changed, added or removed; null is w
   same            whether they are one object
   shared_bytes    bytes of the new one that lie in chunks of the old one
   summary         tensors, tensor_bytes and files by status; values {compared, changed} (null: a side is at
-                  a remote, and was not read); distance of what changed
+                  a remote, or they are datasets: not read); distance of what changed
   tensors         name, status, old and new {file, dtype, shape, size}, distance
   files           path, status, old_size, new_size, changes (JSON files), changes_total, lines {added, removed}
   meta, recipe    changes
+  documents       of two datasets: problem (why they are not compared), splits by name {equal, added, removed,
+                  examples_added, examples_removed}, as llmos show --sample has them
 A distance: values, changed, bits, largest, mean, relative (L2), cosine, infinite {old, new}.
 A change: path, status, old, new; `cut` if a long value stands there as a shortened text. At most 1000 are listed.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmos_cli.ui.comparison import STATUSES, DiffPage, summary_facts
+from llmos_cli.ui.datasets import SHOWN_EXAMPLES, documents_diff_json, show_documents_diff
 from llmos_cli.ui.facts import fact_lines, json_text
 from llmos_cli.ui.session import session
 from llmos_cli.ui.text import shorten
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from llmos_cli.store.inspect.distance import Distance
 
 CUT_JSON = 500
+ALL_DOCUMENTS = 1000
 
 
 def diff(
@@ -47,6 +52,8 @@ def diff(
     share of values that differ, L2 the length of the whole change over that of the old values, LARGEST and MEAN the
     absolute change of one value, BITS how many of its bits differ on average. What changed most stands first.
 
+    Of two datasets it is told which documents came and went, whatever their order and however they are packed.
+
     If a side is REMOTE/REF, nothing is pulled: which tensors differ is told, not how far they moved.
 
     Examples:
@@ -57,28 +64,36 @@ def diff(
     """
     from llmos_cli.remote.exchange.anywhere import resolve_anywhere
     from llmos_cli.store.inspect.diff import compare
+    from llmos_cli.store.packs.objects import read_manifest
 
     here = session(ctx)
     with here.open_store() as store:
         sources = resolve_anywhere(store, old, here.cwd), resolve_anywhere(store, new, here.cwd)
         far = any(source.remote for source in sources)
-        found = compare(store, sources[0].id, sources[1].id, here.out.progress, measure=not far)
+        datasets = all(read_manifest(store, source.id).kind == "dataset" for source in sources)
+        found = compare(store, sources[0].id, sources[1].id, here.out.progress, measure=not far and not datasets)
+        documents = None
+        if datasets and not far:
+            from llmos_cli.data.documents import compare_documents
+
+            shown = ALL_DOCUMENTS if everything else SHOWN_EXAMPLES
+            documents = compare_documents(store, found.old, found.new, shown=shown)
     same = sources[0].id == sources[1].id
     for problem in found.problems:
         here.out.warn(problem)
-    here.out.result(_as_json(sources, found))
+    told = {} if documents is None else {"documents": documents_diff_json(documents)}
+    here.out.result(_as_json(sources, found) | told)
     here.out.line(" -> ".join(f"{source.label} @{source.id.short}" for source in sources))
     if same:
         here.out.line("  the same object")
     else:
-        for line in fact_lines(summary_facts(found)):
+        page = replace(found, tensors=replace(found.tensors, tensors=())) if datasets else found
+        for line in fact_lines(summary_facts(page)):
             here.out.line(line)
-        DiffPage(here.out, everything).show(found)
-        if (
-            far
-            and found.tensors.overall is None
-            and any(tensor.status == "changed" for tensor in found.tensors.tensors)
-        ):
+        if documents is not None:
+            show_documents_diff(here.out, documents)
+        DiffPage(here.out, everything).show(page)
+        if far and page.tensors.overall is None and any(tensor.status == "changed" for tensor in page.tensors.tensors):
             here.out.say("how far tensors moved is measured where both are here: llmos pull")
     if exit_code and not same:
         raise typer.Exit(1)
@@ -105,7 +120,7 @@ def _as_json(sources: "tuple[Found, Found]", found: "Comparison") -> dict[str, A
             "tensor_bytes": _by_status(tensors, lambda tensor: tensor.size),
             "files": _by_status(found.files, lambda _: 1),
             "values": None
-            if any(source.remote for source in sources)
+            if any(source.remote for source in sources) or found.old.kind == found.new.kind == "dataset"
             else {"compared": found.tensors.words, "changed": found.tensors.changed},
             "distance": _distance_json(found.tensors.overall),
         },

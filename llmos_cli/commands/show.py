@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmos_cli.errors import NotFound, UsageError
+from llmos_cli.ui.datasets import DATASET_FACTS, document_json, show_documents, show_splits
 from llmos_cli.ui.facts import fact_lines, json_text
 from llmos_cli.ui.output import Output
 from llmos_cli.ui.session import session
@@ -14,6 +15,9 @@ from llmos_cli.ui.signers import signer_json, signer_text
 from llmos_cli.ui.text import count, percent, plural, safe_line, shorten, size
 
 if TYPE_CHECKING:
+    from llmos_cli.data.documents import Document
+    from llmos_cli.formats.manifest import Manifest
+    from llmos_cli.store.handle import Store
     from llmos_cli.store.inspect.census import Census, Footprint, Tensor
 
 SHOWN_FILES = 10
@@ -35,11 +39,21 @@ def show(
     sha256: Annotated[
         bool, typer.Option("--sha256", help="List the SHA-256 of every file, as sha256sum does.")
     ] = False,
+    sample: Annotated[
+        int | None, typer.Option("--sample", metavar="N", min=1, help="Print N of a dataset's documents.")
+    ] = None,
+    document: Annotated[
+        int | None, typer.Option("--document", metavar="K", min=0, help="Print one document, by its number.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="Whose documents.")] = "train",
 ) -> None:
     """Show an object: kind, size, tensors, how it was made, its files.
 
     With --tensors, STORED is what a tensor takes in the store and CODEC how it is stored there. With --sha256, files
     are read once to be hashed, and the digests are kept: the next time they are there at once.
+
+    Of a dataset, --sample and --document print documents as their tokens read, each with the file, the byte and the
+    record that it came from.
 
     REMOTE/REF is looked at where it is: only the manifest and the tensors' headers are fetched, and nothing is kept.
 
@@ -49,6 +63,8 @@ def show(
       llmos show tiny --tensors
       llmos show tiny --sha256 | (cd tiny-folder && sha256sum -c)
       llmos show @3f2a9c01 --json
+      llmos show web --sample 3
+      llmos show web --document 1041 --split valid
       llmos show nas/tiny:v1 --tensors
     """
     from llmos_cli.remote.exchange.anywhere import resolve_anywhere, signers_of, split_remote
@@ -71,6 +87,7 @@ def show(
         stored = footprints(store, census.tensors) if tensors else []
         signed = signers_of(store, source)
         digests = sha256_files(store, manifest.files, here.out.progress) if sha256 else {}
+        documents = _documents(store, manifest, sample, document, split)
     for problem in census.problems:
         here.out.warn(problem)
     counts = _tensor_counts(census)
@@ -93,13 +110,16 @@ def show(
                 for entry in manifest.files
             ],
         }
+        | ({} if documents is None else {"documents": [document_json(item) for item in documents]})
     )
     if tensors:
         _tensor_table(here.out, census.tensors, stored)
     if sha256:
         for entry in manifest.files:
             here.out.line(f"{digests[entry.path]}  {entry.path}")
-    if tensors or sha256:
+    if documents is not None:
+        show_documents(here.out, documents, whole=document is not None)
+    if tensors or sha256 or documents is not None:
         return
     facts = [
         ("id", str(source.id)),
@@ -118,7 +138,7 @@ def show(
         for role, oid in sorted(recipe.inputs.items()):
             facts.append(("  " + role, " ".join([*labels.get(oid, ())[:1], f"@{oid.short}"])))
         if recipe.sources:
-            names = ", ".join(source.name for source in recipe.sources[:SHOWN_SOURCES])
+            names = ", ".join(f"{source.name} @{source.id.short}" for source in recipe.sources[:SHOWN_SOURCES])
             more = ", ..." if len(recipe.sources) > SHOWN_SOURCES else ""
             total = size(sum(source.size for source in recipe.sources))
             facts.append(("  sources", f"{plural(len(recipe.sources), 'file')}, {total}: {names}{more}"))
@@ -127,15 +147,34 @@ def show(
             facts.append(("  tools", ", ".join(f"{name} {version}" for name, version in sorted(recipe.tools.items()))))
     here.out.line(source.label)
     _lines(here.out, facts)
-    if manifest.meta:
+    drawn = DATASET_FACTS if manifest.kind == "dataset" and manifest.meta.keys() & {"mix", "splits"} else frozenset()
+    meta = {key: value for key, value in sorted(manifest.meta.items()) if key not in drawn}
+    if meta:
         here.out.line("facts")
-        _lines(here.out, [(key, _value(value)) for key, value in sorted(manifest.meta.items())])
+        _lines(here.out, [(key, _value(value)) for key, value in meta.items()])
+    if drawn:
+        show_splits(here.out, manifest.meta)
     shown = manifest.files if files else manifest.files[:SHOWN_FILES]
     here.out.line("files")
     for entry in shown:
         here.out.line(f"  {size(entry.size):>8}  {safe_line(entry.path)}")
     if len(shown) < len(manifest.files):
         here.out.line(f"  and {count(len(manifest.files) - len(shown))} more (--files lists them)")
+
+
+def _documents(
+    store: "Store", manifest: "Manifest", sample: int | None, document: int | None, split: str
+) -> "list[Document] | None":
+    """The documents that were asked for; None if none were."""
+    if sample is None and document is None:
+        return None
+    if sample is not None and document is not None:
+        raise UsageError("--sample and --document exclude each other")
+    from llmos_cli.data.documents import find_document, sample_documents
+
+    if document is not None:
+        return [find_document(store, manifest, document, split=split)]
+    return sample_documents(store, manifest, sample or 1, split=split)
 
 
 def _tensor_counts(census: "Census") -> dict[str, Any] | None:
