@@ -31,6 +31,9 @@ def eval(  # noqa: A001 - the verb is called so
         int | None,
         typer.Option("--batch", min=1, help="Rows at a time; by default as many as suit.", show_default=False),
     ] = None,
+    split: Annotated[
+        str, typer.Option("--split", metavar="train|valid|test", help="Which documents of the dataset to score.")
+    ] = "train",
     against: Annotated[
         str | None,
         typer.Option("--against", metavar="REF", help="Hold it against this model.", show_default=False),
@@ -56,6 +59,7 @@ def eval(  # noqa: A001 - the verb is called so
     Examples:
       llmos eval tiny --data web
       llmos eval tiny:step-200 --data web --max-rows 64
+      llmos eval tiny --data web --split valid
       llmos eval tiny-int8 --data web --name results:int8 --json
       llmos eval tiny-int4 --data web --against tiny --max-ppl-ratio 1.02
     """
@@ -66,6 +70,8 @@ def eval(  # noqa: A001 - the verb is called so
     named = parse_ref(name) if name else None
     if max_ppl_ratio is not None and against is None:
         raise UsageError("--max-ppl-ratio needs a model to compare with", hint="name one: --against REF")
+    if against is not None and split != "train":
+        raise UsageError("--against compares on the train split", hint="leave out --split")
     if against is not None:
         _compare(here, ref, against, data, max_rows or COMPARED_ROWS, max_ppl_ratio, named)
         return
@@ -78,6 +84,7 @@ def eval(  # noqa: A001 - the verb is called so
             dataset.id,
             max_rows=max_rows,
             batch=batch,
+            split=split,
             ref=target,
             progress=here.out.progress,
         )
@@ -88,6 +95,7 @@ def eval(  # noqa: A001 - the verb is called so
             "kind": "report",
             "model": str(model.id),
             "data": str(dataset.id),
+            "split": split,
             "perplexity": found.perplexity,
             "loss": found.loss,
             "bits_per_byte": found.bits_per_byte,

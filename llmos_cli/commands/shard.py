@@ -14,17 +14,18 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from llmos_cli.formats.canonical import Json
+    from llmos_cli.formats.names import RefName
     from llmos_cli.ui.session import Session
 
 
 def shard(
     ctx: typer.Context,
     paths: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="PATH...", help="Files, folders, globs, or - for standard input.", show_default=False),
-    ],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The ref to move, NAME or NAME:TAG.", show_default=False)],
+    ] = None,
     *,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The ref to move, NAME or NAME:TAG.", show_default=False)],
     task: Annotated[
         str, typer.Option("--task", metavar="TASK", help="lm, mlm, classify, pair, seq2seq or chat.")
     ] = "lm",
@@ -47,6 +48,10 @@ def shard(
     dedup: Annotated[
         str | None, typer.Option("--dedup", metavar="exact|near", help="Keep the first of equal or like documents.")
     ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option("--mix", metavar="REF:WEIGHT,...", help="Mix datasets instead, by shares of rows."),
+    ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and name it; exit code 3.")
     ] = False,
@@ -67,11 +72,17 @@ def shard(
       llmos shard test.csv reviews-test --task classify --tokenizer reviews --labels-from reviews
       llmos shard chats.jsonl.gz talk --task chat --tokenizer ~/models/qwen
       zcat dump.jsonl.gz | llmos shard - dump --field content
+      llmos shard --mix web:3,code:1 both
     """
     from llmos_cli.formats.names import parse_ref
 
     here = session(ctx)
     ref = parse_ref(name)
+    if mix is not None:
+        _mix(here, mix, paths, ref)
+        return
+    if not paths:
+        raise UsageError("there is nothing to read", hint=f"llmos shard PATH... {name}")
     num_bytes = parse_size(shard_size)
     with here.open_store() as store:
         import sys
@@ -136,6 +147,31 @@ def shard(
     else:
         here.out.hint(f"llmos train NAME --data {ref} --steps 200")
     _end(here, made.manifest.meta, str(ref))
+
+
+def _mix(here: "Session", mix: str, paths: list[str] | None, ref: "RefName") -> None:
+    if paths:
+        raise UsageError(f"--mix takes datasets, not {paths[0]}", hint="shard the text first, then mix")
+    with here.open_store() as store:
+        from llmos_cli.data.mixing import make_mix, parse_mix
+
+        shares = parse_mix(mix)
+        commit, manifest = make_mix(store, ref, shares)
+    counts = {key: manifest.meta[key] for key in ("documents", "tokens", "rows", "shards", "seq_len", "text_bytes")}
+    weights = {share.name: str(share.weight) for share in shares}
+    here.out.result(
+        {
+            "ref": str(ref),
+            "id": str(commit.id),
+            "kind": manifest.kind,
+            "mix": weights,
+            **counts,
+            "stored": commit.stored,
+        }
+    )
+    parts = ", ".join(f"{weight} of {name}" for name, weight in weights.items())
+    here.out.line(f"dataset {ref} @{commit.id.short} draws {parts}; nothing is copied")
+    here.out.hint(f"llmos train NAME --data {ref} --steps 200")
 
 
 def _about(meta: "Mapping[str, Json]") -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from llmos_cli import __version__
 from llmos_cli.data.batches import TokenRows
+from llmos_cli.data.layout import check_split
 from llmos_cli.errors import Damaged, UsageError
 from llmos_cli.formats import canonical
 from llmos_cli.formats.ids import ObjectId
@@ -46,10 +47,11 @@ def evaluate(
     *,
     max_rows: int | None = None,
     batch: int | None = None,
+    split: str = "train",
     ref: RefName | None = None,
     progress: Progress,
 ) -> Evaluation:
-    """Perplexity of `model` on `data` (all of it, or `max_rows` evenly spaced rows), kept under `ref` if given.
+    """Perplexity of `model` on a split of `data` (`max_rows` evenly spaced rows of it), kept under `ref` if given.
 
     `batch` rows are scored at a time, by default as many as suit. Raises UsageError if the dataset's tokens do not
     mean the same to the model.
@@ -60,11 +62,11 @@ def evaluate(
     model_manifest, data_manifest = read_manifest(store, model), read_manifest(store, data)
     if model_manifest.kind not in ("model", "checkpoint"):
         raise UsageError(f"a {model_manifest.kind} cannot be evaluated", hint="name a model or a checkpoint: llmos ls")
-    rows = TokenRows(store, data_manifest)
+    rows = TokenRows(store, data_manifest, split=check_split(data_manifest, split))
     limit = max_rows if max_rows is not None and max_rows < rows.rows else None
     recipe = Recipe(
         "eval",
-        params={"batch": batch, "max_rows": limit},
+        params={"batch": batch, "max_rows": limit} | ({} if split == "train" else {"split": split}),
         inputs={"model": model, "data": data},
         tools={"llmos": __version__, "torch": version("torch"), "transformers": version("transformers")},
     )

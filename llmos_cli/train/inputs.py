@@ -29,7 +29,7 @@ def check_dataset(data: Manifest, label: str) -> None:
     """Raise UsageError unless `data` is a dataset with at least one row to predict in."""
     if data.kind != "dataset":
         raise UsageError(f"{label} is a {data.kind}, not a dataset", hint="make one with: llmos shard TEXT... NAME")
-    if data.meta.get("task") != "lm":
+    if data.meta.get("task") not in ("lm", "chat"):
         raise UsageError(f"{label} is not a language-modelling dataset (task {data.meta.get('task')!r})")
     if dataset_number(data, "rows", label) < 1:
         raise UsageError(

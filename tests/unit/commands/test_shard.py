@@ -1,5 +1,4 @@
 import io
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,3 +112,16 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)
+
+
+def test_datasets_are_mixed_by_weight(llmos: Llmos, corpus: Path) -> None:
+    assert llmos("shard", corpus, "web", "--tokenizer", "train:280", "--seq-len", "16").code == 0
+    assert llmos("shard", corpus / "a.txt", "code", "--tokenizer", "web", "--seq-len", "16").code == 0
+    ran = llmos("shard", "--mix", "web:3,code:0.5", "both", "--json")
+    assert ran.code == 0
+    assert ran.json["mix"] == {"web": "3", "code": "1/2"}
+    one, other = (llmos("show", name, "--json").json["meta"]["rows"] for name in ("web", "code"))
+    assert ran.json["rows"] == one + other
+    assert llmos("shard", "--mix", "web:3,nothing", "both").code == 10
+    assert llmos("shard", corpus, "--mix", "web", "both").code == 2
+    assert llmos("shard", "both").code == 2
