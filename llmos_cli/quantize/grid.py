@@ -122,8 +122,7 @@ def _best_scale(grouped: torch.Tensor, importance: torch.Tensor | None, dtype: t
 
 def _span(grouped: torch.Tensor) -> torch.Tensor:
     """absmax / 7.5: the largest weight falls between the last steps of either side."""
-    longest: torch.Tensor = torch.linalg.vector_norm(grouped, ord=torch.inf, dim=-1)
-    return longest / ((HIGH - LOW) / 2)
+    return grouped.abs().amax(-1) / ((HIGH - LOW) / 2)
 
 
 def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,8 +5,9 @@ once as it is stored); never the whole model. What is made is a function of the 
 calibrated, of them.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -62,7 +63,7 @@ def write_quantized(
     Raises Damaged naming the tensor for a weight that is NaN or infinite.
     """
     store = tx.store
-    with progress.task("quantizing", total=plan.bytes_before) as task:
+    with progress.task("quantizing", total=plan.bytes_before) as task, _one_thread():
         weights = tx.add_tensors(WEIGHTS_FILE, _tensors(store, plan, rounding, calibrated, task))
     config = tx.add_bytes(CONFIG_FILE, _config(store, source, plan))
     meta: dict[str, Json] = {
@@ -75,6 +76,17 @@ def write_quantized(
     if asked.group:
         meta["group"] = asked.group
     return Manifest("model", (*_companions(source), config, weights), meta, recipe)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are too small to be divided, and the other cores encode what is done."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _config(store: Store, manifest: Manifest, plan: QuantizePlan) -> bytes:
