@@ -86,12 +86,13 @@ def run(
         tokens = config.batch * (rows.seq_len - 1)
         started(Started(type(model).__name__, parameters, tokens, describe(accelerator.device), position.step))
 
-        with stop_flag() as flag, _reporter(store, plan, progress) as reporter:
+        with stop_flag() as flag, _reporter(store, plan, progress) as reporter, saver:
 
             def done(event: StepDone) -> None:
                 nonlocal position
                 position = Position(event.step, position.tokens + event.tokens, event.loss)
                 reporter.report(event)
+                saver.poll()
                 if event.step % plan.save_every == 0 and event.step < config.steps:
                     saver.save(position)
 
@@ -107,9 +108,11 @@ def run(
                     stop=lambda: bool(flag),
                 )
             except Diverged as exc:
+                saver.finish()
                 raise Diverged(exc.message, hint=f"{saver.where}; try a smaller --lr or a longer --warmup") from exc
             if position.step > 0:
                 saver.save(position)
+            saver.finish()
             if position.step < config.steps:
                 raise flag.error(
                     f"stopped at step {position.step:,} of {config.steps:,}; {saver.where}",

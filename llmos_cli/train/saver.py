@@ -1,14 +1,21 @@
-"""Commits checkpoints: each one transaction, the previous one untouched until the new one is in the store."""
+"""Commits checkpoints: each one transaction, the previous one untouched until the new one is in the store.
+
+A step waits only for a copy of the state in memory; a thread writes it while training goes on. One checkpoint is in
+flight at most. The copy is what a step changes, so the writer never sees half of a step.
+"""
 
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 import torch
 from transformers import PreTrainedModel
 
-from llmos_cli.errors import NoSpace
+from llmos_cli.errors import LlmosError, NoSpace, from_os_error
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models.tokenizers import tokenizer_entries
@@ -23,15 +30,28 @@ _WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint was committed."""
+    """A checkpoint was committed: in `seconds`, for `stalled` of which training stood still."""
 
     step: int
     commit: Commit
     seconds: float
+    stalled: float
+
+
+@dataclass(frozen=True)
+class _Written:
+    position: Position
+    commit: Commit
+    manifest: Manifest
+    seconds: float
+    stalled: float
 
 
 class Saver:
-    """Knows what a run has committed last; `small_files` are config.json and the like, the same in every checkpoint."""
+    """Knows what a run has committed last; `small_files` are config.json and the like, the same in every checkpoint.
+
+    Used by the training thread, which also hears of what was `saved`: at the next step, when it calls `poll`.
+    """
 
     def __init__(
         self,
@@ -47,6 +67,10 @@ class Saver:
         self._small_files, self._saved = small_files, saved
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._grew = 0
+        self._staged: dict[str, dict[str, torch.Tensor]] = {}
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._in_flight: Future[_Written] | None = None
+        self._asked = plan.start if plan.resume else None
         self.last: tuple[ObjectId, Manifest] | None = None
         self.last_step = plan.start
         if plan.resume:
@@ -59,19 +83,60 @@ class Saver:
             return "no checkpoint was made yet"
         return f"{self._plan.checkpoint_ref} holds step {self.last_step:,}"
 
-    def save(self, position: Position) -> tuple[ObjectId, Manifest]:
-        """Commit the state after `position.step` unless it was committed last; returns the last checkpoint."""
-        if self.last is not None and self.last_step == position.step:
-            return self.last
+    def save(self, position: Position) -> None:
+        """Have the state after `position.step` committed unless it was asked for last; waits for the one before."""
+        if self._asked == position.step:
+            return
         began = time.perf_counter()
+        self.finish()
         self._check_space(position)
+        weights = self._stage(_WEIGHTS, drop_tied(self._model))
+        state = self._stage(TENSORS, capture(self._model, self._optimizer))
+        self._asked = position.step
+        stalled = time.perf_counter() - began
+        self._in_flight = self._writer.submit(self._write, position, weights, state, stalled)
+
+    def poll(self) -> None:
+        """Take note of a checkpoint that has been written; raises what stopped the writer."""
+        if self._in_flight is not None and self._in_flight.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until what was asked for is committed; raises what stopped the writer."""
+        if self._in_flight is None:
+            return
+        written = self._in_flight.result()
+        self._in_flight = None
+        self._grew = written.commit.stored
+        self.last, self.last_step = (written.commit.id, written.manifest), written.position.step
+        self._saved(Saved(self.last_step, written.commit, written.seconds, written.stalled))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.shutdown(wait=True)  # it uses the store, which is closed next
+        self._staged.clear()
+
+    def _stage(self, name: str, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A copy in the memory of the one before, which has been written by now."""
+        held = self._staged.get(name, {})
+        self._staged[name] = {key: _copied(held.get(key), value.detach()) for key, value in live.items()}
+        return self._staged[name]
+
+    def _write(
+        self, position: Position, weights: dict[str, torch.Tensor], state: dict[str, torch.Tensor], stalled: float
+    ) -> _Written:
+        began = time.perf_counter()
         plan = self._plan
         try:
             with begin(self._store, purpose=f"checkpoint {plan.target.name}", ref=plan.checkpoint_ref) as tx:
                 files = [tx.add_bytes(name, data) for name, data in self._small_files.items()]
                 files += tokenizer_entries(tokenizer_source(plan))
-                files.append(tx.add_tensors(_WEIGHTS, state_tensors(drop_tied(self._model)), metadata={"format": "pt"}))
-                files.append(tx.add_tensors(TENSORS, state_tensors(capture(self._model, self._optimizer))))
+                files.append(tx.add_tensors(_WEIGHTS, state_tensors(weights), metadata={"format": "pt"}))
+                files.append(tx.add_tensors(TENSORS, state_tensors(state)))
                 files.append(
                     tx.add_bytes(
                         POSITION,
@@ -82,11 +147,11 @@ class Saver:
                     "checkpoint", tuple(files), self._meta(position), checkpoint_recipe(plan.recipe, position.step)
                 )
                 commit = tx.commit(manifest, message=f"train: step {position.step} of {plan.config.steps}")
-        except NoSpace as exc:
-            raise self._no_space(position, exc.message) from exc
-        self._grew, self.last, self.last_step = commit.stored, (commit.id, manifest), position.step
-        self._saved(Saved(position.step, commit, time.perf_counter() - began))
-        return self.last
+        except OSError as exc:
+            raise self._failed(position, from_os_error(exc, "writing it")) from exc
+        except LlmosError as exc:
+            raise self._failed(position, exc) from exc
+        return _Written(position, commit, manifest, time.perf_counter() - began, stalled)
 
     def _meta(self, position: Position) -> dict[str, str | int | float | None]:
         return {
@@ -105,10 +170,16 @@ class Saver:
         free = shutil.disk_usage(self._store.root).free
         if free < self._grew:
             reason = f"no space left: a checkpoint takes about {self._grew:,} bytes and {free:,} are free"
-            raise self._no_space(position, reason)
+            raise self._failed(position, NoSpace(reason))
 
-    def _no_space(self, position: Position, reason: str) -> NoSpace:
-        return NoSpace(
-            f"step {position.step:,} could not be saved: {reason}; {self.where}",
-            hint=f"free some space (llmos gc), then: llmos train {self._plan.label} --resume",
-        )
+    def _failed(self, position: Position, exc: LlmosError) -> LlmosError:
+        """The error of its kind, so that the exit code stays, which says what there is to go on from."""
+        again = f"llmos train {self._plan.label} --resume"
+        hint = f"free some space (llmos gc), then: {again}" if isinstance(exc, NoSpace) else f"go on with: {again}"
+        return type(exc)(f"step {position.step:,} could not be saved: {exc.message}; {self.where}", hint=hint)
+
+
+def _copied(held: torch.Tensor | None, live: torch.Tensor) -> torch.Tensor:
+    if held is None or held.shape != live.shape or held.dtype != live.dtype:
+        held = torch.empty(live.shape, dtype=live.dtype)
+    return held.copy_(live)

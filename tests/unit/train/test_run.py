@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -27,7 +28,7 @@ from llmos_cli.train.loop import Diverged
 from llmos_cli.train.plan import Plan, make_plan
 from llmos_cli.train.result import Trained, publish_model, use_made
 from llmos_cli.train.run import Started, run
-from llmos_cli.train.saver import Saved
+from llmos_cli.train.saver import Saved, Saver
 
 STEPS = 6
 LLAMA = {
@@ -272,6 +273,47 @@ def test_a_full_disk_is_known_before_the_save(store: Store, monkeypatch: pytest.
     assert read_manifest(store, head(store, "a:checkpoint")).meta["step"] == 2
     monkeypatch.undo()
     assert train(store, "a", SCRATCH, resume=True).step == STEPS
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is written is the state of its step, not of those that were taken meanwhile."""
+    interrupted(store, "b", SCRATCH, after=2, save_every=9)
+    at_two = head(store, "b:checkpoint")
+    far, write, events = threading.Event(), Saver._write, list[Saved]()
+
+    class Runs(PressesCtrlC):
+        def advance(self, amount: int = 1) -> None:
+            self.left -= 1
+            if self.left == 0:
+                far.set()
+
+    def write_late(*arguments: Any) -> Any:
+        assert far.wait(60), "training waits for its checkpoint"
+        return write(*arguments)
+
+    monkeypatch.setattr(Saver, "_write", write_late)
+    plan = plan_of(store, "a", SCRATCH, save_every=2)
+    done = run(store, plan, progress=Runs(3), saved=events.append)
+    assert [event.step for event in events] == [2, 4, 6]
+    assert events[0].commit.id == at_two
+    assert head(store, "a:checkpoint") == done.checkpoint == events[-1].commit.id
+
+
+def test_what_stops_the_writer_stops_training(store: Store) -> None:
+    packs, away = store.root / "packs", store.root / "away"
+
+    def take_away(_: Saved) -> None:
+        packs.rename(away)
+        packs.write_text("a file where the folder should be")
+
+    options = dataclasses.replace(SCRATCH, steps=40)
+    with pytest.raises(LlmosError, match=r"step 4 could not be saved: .*; a:checkpoint holds step 2") as caught:
+        train(store, "a", options, take_away, save_every=2)
+    assert "llmos train a --resume" in (caught.value.hint or "")
+    packs.unlink()
+    away.rename(packs)
+    assert read_manifest(store, head(store, "a:checkpoint")).meta["step"] == 2
+    assert train(store, "a", options, resume=True).step == 40
 
 
 @pytest.mark.parametrize(
