@@ -32,8 +32,8 @@ _llmos_spec() {
             places=(anywhere)
             ;;
         "show")
-            opts=(--files --tensors --sha256 --store --json --quiet -q --verbose -v --help -h)
-            valued=(--store)
+            opts=(--files --tensors --sha256 --sample --document --split --store --json --quiet -q --verbose -v --help -h)
+            valued=(--sample --document --split --store)
             places=(anywhere)
             ;;
         "log")
@@ -102,8 +102,8 @@ _llmos_spec() {
             rest=refs
             ;;
         "shard")
-            opts=(--tokenizer --seq-len --shard-size --field --skip-bad --store --json --quiet -q --verbose -v --help -h)
-            valued=(--tokenizer --seq-len --shard-size --field --store)
+            opts=(--task --tokenizer --seq-len --shard-size --field --labels-from --split --dedup --mix --skip-bad --store --json --quiet -q --verbose -v --help -h)
+            valued=(--task --tokenizer --seq-len --shard-size --field --labels-from --split --dedup --mix --store)
             places=(files)
             rest="files refs"
             ;;
@@ -113,8 +113,8 @@ _llmos_spec() {
             places=(refs)
             ;;
         "eval")
-            opts=(--data --max-rows --batch --name --store --json --quiet -q --verbose -v --help -h)
-            valued=(--data --max-rows --batch --name --store)
+            opts=(--data --max-rows --batch --split --against --max-ppl-ratio --name --store --json --quiet -q --verbose -v --help -h)
+            valued=(--data --max-rows --batch --split --against --max-ppl-ratio --name --store)
             places=(refs)
             ;;
         "quantize")
@@ -213,12 +213,14 @@ _llmos_value() {
     kind=
     case "$1 $2" in
         " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "export --to" | "export --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
-        "add --base" | "pull --as" | "train --data" | "train --model" | "eval --data" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
+        "add --base" | "pull --as" | "shard --labels-from" | "shard --mix" | "train --data" | "train --model" | "eval --data" | "eval --against" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
         "checkout --oms" | "tag --sign" | "tag --new-key" | "train --config") kind=files ;;
         "gc --remote") kind=remotes ;;
         "fsck --from") kind="remotes dirs" ;;
         "shard --tokenizer") kind="refs dirs" ;;
+        "shard --dedup") kind="words exact near" ;;
         "train --precision") kind="words fp32 bf16" ;;
+        "eval --split") kind="words train valid test" ;;
         "quantize --scheme") kind="words int8 int4 w8a8 fp8" ;;
         "quantize --group") kind="words 32 64 128" ;;
         "quantize --method") kind="words gptq search rtn" ;;
