@@ -103,20 +103,20 @@ class TokenRows:
         """The rows at `indices` with what is to be known of the documents in them."""
         shards, rows = self._places(indices)
         ids = self._tokens.take(shards, rows).astype(np.int64)
-        plans = {number: self._plan(number) for number in np.unique(shards).tolist()}
+        plans = {number: self._plan(number) for number in set(shards.tolist())}
         if self._loss is None and all(
             plan is None or bool(plan.single[rows[shards == number]].all()) for number, plan in plans.items()
         ):
             return Batch(ids)
         filled = np.full(len(ids), self.seq_len)
-        begins = [np.arange(len(ids)) * self.seq_len]
+        begins = []
         for number, plan in plans.items():
-            if plan is not None:
-                begins.append(_begins(plan, rows, np.flatnonzero(shards == number), filled))
+            here = np.flatnonzero(shards == number)
+            begins.append(here * self.seq_len if plan is None else _begins(plan, rows, here, filled))
         ended = np.flatnonzero(filled < self.seq_len)
         begins.append(ended * self.seq_len + filled[ended])
-        starts = np.unique(np.concatenate(begins))
-        lengths = np.diff(starts, append=ids.size)
+        starts = np.sort(np.concatenate(begins))
+        lengths = np.append(starts[1:], ids.size) - starts
         row = starts // self.seq_len
         numbers = np.arange(len(starts)) - np.searchsorted(starts, row * self.seq_len)
         numbers[starts - row * self.seq_len >= filled[row]] = -1
