@@ -28,7 +28,7 @@ from llmos_cli.store.disk import durable
 from llmos_cli.store.handle import Store
 from llmos_cli.store.packs.partials import drop_partial, partial_path
 
-VERSION: Final = 1  # of what is kept and of how text becomes tokens
+VERSION: Final = 2  # of what is kept and of how text becomes tokens
 _ARRAYS: Final = ("ids", "ends", "origins", "loss", "parts", "labels")
 
 

@@ -60,15 +60,18 @@ def take_survey(
 
 
 def read_examples(corpus: Corpus, task: str, keys: Mapping[str, str]) -> Iterator[tuple[Record, Example | None]]:
-    """Records that can be used, with their values (None for a document that comes as a stream)."""
+    """Records that can be used, with their values (None for a document that comes as a stream).
+
+    Raises UsageError naming the first that cannot, unless such are to be skipped: before hours of other work.
+    """
     for record in read_corpus(corpus, tuple(keys.values())):
-        if record.text is not None:
-            yield record, None
-        elif record.fields is not None:
-            try:
-                yield record, pick(record.fields, task, keys)
-            except BadRecord:
-                continue
+        try:
+            if record.bad is not None:
+                raise record.bad
+            yield record, None if record.fields is None else pick(record.fields, task, keys)
+        except BadRecord as exc:
+            if not corpus.skip_bad:
+                raise UsageError(f"{record.place} {exc}", hint=exc.hint) from exc
 
 
 def read_texts(corpus: Corpus, task: str, keys: Mapping[str, str], dropped: set[Place], limit: int) -> Iterator[str]:

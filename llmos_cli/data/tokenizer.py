@@ -7,7 +7,7 @@ it, for masked words. The same texts give the same bytes on any machine. What is
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -69,13 +69,16 @@ def train_tokenizer(
     Of much text, evenly spaced pieces are used. Little may give a smaller vocabulary. With `chat` it has a template
     (ChatML), and a chat's turns end in a token of their own.
     """
-    tokenizer, trainer, config = _wordpiece(vocab_size) if method == "wordpiece" else _bpe(vocab_size, chat=chat)
     with progress.task("training the tokenizer", total=total) as task:
-        limit = min(_SAMPLE_BYTES, vocab_size * _SAMPLE_PER_TOKEN)
-        sample = _sample(texts, total, limit, task)
+        sample: Iterable[str] = _sample(texts, total, min(_SAMPLE_BYTES, vocab_size * _SAMPLE_PER_TOKEN), task)
+        if method == "wordpiece":
+            sample = list(sample)
+            tokenizer, trainer, config = _wordpiece(vocab_size, sample)
+        else:
+            tokenizer, trainer, config = _bpe(vocab_size, chat=chat)
         _wait_for(lambda: tokenizer.train_from_iterator(sample, trainer), beat=lambda: task.advance(0))
     if method == "wordpiece":
-        _add_frame(tokenizer)
+        tokenizer = _framed(tokenizer)
     return {TOKENIZER_FILE: tokenizer.to_str().encode(), CONFIG_FILE: canonical.encode(config)}
 
 
@@ -102,8 +105,12 @@ def _bpe(vocab_size: int, *, chat: bool) -> tuple["Tokenizer", Any, canonical.Js
     return tokenizer, trainer, config | ({"chat_template": CHATML} if chat else {})
 
 
-def _wordpiece(vocab_size: int) -> tuple["Tokenizer", Any, canonical.Json]:
-    """Lower case, without accents, Chinese characters one by one: as BERT's own."""
+def _wordpiece(vocab_size: int, texts: list[str]) -> tuple["Tokenizer", Any, canonical.Json]:
+    """Lower case, without accents, Chinese characters one by one: as BERT's own.
+
+    The trainer numbers characters in whatever order it meets them, another one each time, and breaks ties by number.
+    Those it knows as special tokens have their numbers, so all are given to it as such.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     pad, unknown, start, end, mask = BERT_TOKENS
@@ -111,8 +118,15 @@ def _wordpiece(vocab_size: int) -> tuple["Tokenizer", Any, canonical.Json]:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, handle_chinese_chars=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
+    first: set[str] = set()
+    inner: set[str] = set()
+    for text in texts:
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
+            first.update(word)
+            inner.update(word[1:])
+    alphabet = [*sorted(first), *(f"##{char}" for char in sorted(inner))]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(BERT_TOKENS), limit_alphabet=8000, show_progress=False
+        vocab_size=vocab_size, special_tokens=[*BERT_TOKENS, *alphabet], show_progress=False
     )
     config: canonical.Json = {
         "clean_up_tokenization_spaces": False,
@@ -127,15 +141,21 @@ def _wordpiece(vocab_size: int) -> tuple["Tokenizer", Any, canonical.Json]:
     return tokenizer, trainer, config
 
 
-def _add_frame(tokenizer: "Tokenizer") -> None:
-    from tokenizers import processors
+def _framed(trained: "Tokenizer") -> "Tokenizer":
+    """The same vocabulary, with none but BERT's own tokens as special ones, and what they put around a text."""
+    from tokenizers import Tokenizer, models, processors
 
-    _, _, start, end, _ = BERT_TOKENS
+    _, unknown, start, end, _ = BERT_TOKENS
+    tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(with_added_tokens=True), unk_token=unknown))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = trained.normalizer, trained.pre_tokenizer
+    tokenizer.decoder = trained.decoder
+    tokenizer.add_special_tokens(list(BERT_TOKENS))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}",
         pair=f"{start} $A {end} $B:1 {end}:1",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (start, end)],
     )
+    return tokenizer
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

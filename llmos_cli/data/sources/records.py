@@ -116,7 +116,9 @@ def parse_json(text: str) -> dict[str, Any]:
         value = json.loads(text)
     except RecursionError:
         raise BadRecord("is nested too deeply") from None
-    except ValueError as exc:
+    except json.JSONDecodeError as exc:
+        raise BadRecord(f"is not valid JSON: {exc.msg} (column {exc.colno})") from exc
+    except ValueError as exc:  # a number of thousands of digits
         raise BadRecord(f"is not valid JSON: {str(exc)[:200]}") from exc
     if not isinstance(value, dict):
         raise BadRecord("is not a JSON object")

@@ -221,3 +221,18 @@ def test_a_folder_gives_its_tokenizer_files_byte_for_byte(tmp_path: Path) -> Non
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"no tokenizer\.json in"):
         read_folder(tmp_path)
+
+
+def test_a_wordpiece_is_berts_own_kind(folder: Path, tmp_path: Path) -> None:
+    files = train(folder, 300, method="wordpiece")
+    assert files == train(folder, 300, method="wordpiece")
+    encoding = make_encoding(files, "it")
+    assert (encoding.pad_id, encoding.begin_id, encoding.eos_id, encoding.mask_id) == (0, 2, 3, 4)
+    assert encoding.tokenizer.encode("The cat, 你好").tokens == ["[CLS]", "the", "cat", ",", "你", "好", "[SEP]"]
+    assert 4 not in encoding.tokenizer.encode("a [MASK]").ids
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert loaded.mask_token_id == 4
+    assert loaded("the cat", "sat")["input_ids"] == encoding.tokenizer.encode("the cat", "sat").ids
