@@ -34,7 +34,7 @@ def export(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
-    """Write a model as other programs load it.
+    """Write a model as transformers, vLLM or llama.cpp load it.
 
     hf: a folder for transformers and vLLM, quantized models too. gguf: one file for llama.cpp and Ollama, with the
     tokenizer and the chat template; a model of four or eight bits keeps its values. What is written is compared with
