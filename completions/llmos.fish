@@ -113,7 +113,7 @@ complete -c llmos -n __llmos_at -a shard -d 'Turn text into token shards to trai
 complete -c llmos -n __llmos_at -a train -d 'Train a causal language model on a dataset.'
 complete -c llmos -n __llmos_at -a eval -d 'Measure a model\'s perplexity on a dataset and keep the report.'
 complete -c llmos -n __llmos_at -a quantize -d 'Make a model smaller and say what that costs in quality.'
-complete -c llmos -n __llmos_at -a export -d 'Write a model as other programs load it.'
+complete -c llmos -n __llmos_at -a export -d 'Write a model as transformers, vLLM or llama.cpp load it.'
 complete -c llmos -n __llmos_at -a serve -d 'Answer OpenAI-style requests with a model, without checking it out.'
 complete -c llmos -n __llmos_at -a generate -d 'Continue a text and print what comes after it.'
 complete -c llmos -n __llmos_at -a doctor -d 'Check Python, libraries, devices, memory, disk and file system.'
