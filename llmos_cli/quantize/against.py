@@ -66,7 +66,7 @@ def hold_against(
             raise UsageError(f"a {manifest.kind} cannot be compared", hint="name a model or a checkpoint: llmos ls")
     recipe = Recipe(
         "compare",
-        params={"max_rows": max_rows},
+        params={"max_rows": max_rows, "version": 2},  # 1 counted padding
         inputs={"model": model, "against": against, "data": data},
         tools={"llmos": __version__, "torch": version("torch"), "transformers": version("transformers")},
     )
@@ -81,8 +81,8 @@ def hold_against(
             facts = {key: values[key] for key in ("kl_mean", "perplexity", "same_top")}
             report = Manifest("report", (entry,), facts, recipe)
         commit = tx.commit(report, message=f"compare: KL divergence {report.meta['kl_mean']}")
-    entry_ = report.file(REPORT_FILE)
-    return _read(commit.id, b"" if entry_ is None else read_file(store, entry_), made_before=made is not None)
+    kept = report.file(REPORT_FILE)
+    return _read(commit.id, b"" if kept is None else read_file(store, kept), made_before=made is not None)
 
 
 def check_fit(store: Store, model: Manifest, data: ObjectId) -> None:
@@ -102,17 +102,17 @@ def _measure(
     from llmos_cli.quantize.measure import check_match, sample_rows
 
     rows = sample_rows(store, manifests[0], data, max_rows)
-    check_match(store, manifests[1], data, rows.shape[1])
+    check_match(store, manifests[1], data, rows.input_ids.shape[1])
     device = pick_device()
     model, against = (load_model(store, manifest, device=device, progress=progress) for manifest in manifests)
     vocab = int(against.get_input_embeddings().weight.shape[0])
-    batch = max(1, min(32, _MAX_LOGITS // (rows.shape[1] * vocab)))
+    batch = max(1, min(32, _MAX_LOGITS // (rows.input_ids.shape[1] * vocab)))
     with quiet():
-        found = asdict(diverge(against, model, rows, batch=batch, progress=progress))
+        found = asdict(diverge(against, model, rows.input_ids, learned=rows.learned, batch=batch, progress=progress))
     losses = {"perplexity": found["loss"], "perplexity_against": found.pop("reference_loss")}
     exact: dict[str, Json] = {name: float(f"{value:.6g}") for name, value in found.items() if name != "tokens"}
     exact |= {name: float(f"{math.exp(loss):.7g}") for name, loss in losses.items()}
-    return exact | {"tokens": found["tokens"], "rows": len(rows), "device": device.type}
+    return exact | {"tokens": found["tokens"], "rows": len(rows.input_ids), "device": device.type}
 
 
 def _read(oid: ObjectId, data: bytes, *, made_before: bool) -> Comparison:

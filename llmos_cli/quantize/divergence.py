@@ -6,7 +6,6 @@ p * log(p / q) in nats, p the reference's; whether both hold the same token most
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,18 +32,30 @@ class Divergence:
 
 
 def diverge(
-    reference: PreTrainedModel, model: PreTrainedModel, rows: np.ndarray, *, batch: int, progress: Progress
+    reference: PreTrainedModel,
+    model: PreTrainedModel,
+    rows: np.ndarray,
+    *,
+    learned: np.ndarray | None = None,
+    batch: int,
+    progress: Progress,
 ) -> Divergence:
-    """Compare over `rows`, [rows, tokens] of ids; both models in eval mode on one device. Memory: the logits of a batch
-    twice, in float32."""
+    """Compare over `rows`, [rows, tokens] of ids, on the tokens that `learned` names, of the same shape (padding and
+    the beginnings of documents are not), or on all but each row's first. Documents of one row see those before them, in
+    both models alike. Both models in eval mode on one device. Memory: the logits of a batch twice, in float32."""
     found: list[torch.Tensor] = []
     same = tokens = 0
     losses = [0.0, 0.0]
+    device = reference.get_input_embeddings().weight.device
     with torch.inference_mode(), progress.task("comparing", total=len(rows), unit="rows") as task:
-        for ids in _batches(rows, batch, reference):
+        for first in range(0, len(rows), batch):
+            ids = torch.as_tensor(rows[first : first + batch], dtype=torch.int64, device=device)
             p, q = (one(input_ids=ids, use_cache=False).logits[:, :-1].float() for one in (reference, model))
-            targets = ids[:, 1:].reshape(-1)
-            p, q = p.flatten(0, 1), q.flatten(0, 1)
+            wanted = torch.ones_like(ids, dtype=torch.bool)
+            if learned is not None:
+                wanted = torch.as_tensor(learned[first : first + batch], device=device).bool()
+            wanted = wanted[:, 1:]
+            targets, p, q = ids[:, 1:][wanted], p[wanted], q[wanted]
             for at, logits in enumerate((p, q)):
                 losses[at] += float(functional.cross_entropy(logits, targets, reduction="sum"))
             same += int((p.argmax(-1) == q.argmax(-1)).sum())
@@ -60,9 +71,3 @@ def diverge(
         raise LlmosError("a loss is not a finite number", hint="the weights of one model overflow or are damaged")
     at = min(len(kl) - 1, math.ceil(0.999 * len(kl)) - 1)
     return Divergence(mean, float(kl[at]), float(kl[-1]), same / tokens, losses[0] / tokens, losses[1] / tokens, tokens)
-
-
-def _batches(rows: np.ndarray, batch: int, model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    device = model.get_input_embeddings().weight.device
-    for first in range(0, len(rows), batch):
-        yield torch.as_tensor(rows[first : first + batch], dtype=torch.int64, device=device)

@@ -86,12 +86,12 @@ def check_match(store: Store, model: Manifest, data: Manifest, seq_len: int) -> 
     return vocab_size
 
 
-def sample_rows(store: Store, model: Manifest, data: Manifest, count: int) -> np.ndarray:
-    """At most `count` evenly spaced rows of a dataset, [rows, tokens], checked to mean the same to the model."""
+def sample_rows(store: Store, model: Manifest, data: Manifest, count: int) -> Batch:
+    """At most `count` evenly spaced rows of a dataset, checked to mean the same to the model."""
     rows = TokenRows(store, data)
     check_match(store, model, data, rows.seq_len)
     count = min(count, rows.rows)
-    return rows.row_batch(np.arange(count, dtype=np.int64) * rows.rows // max(1, count))
+    return rows.batch(np.arange(count, dtype=np.int64) * rows.rows // max(1, count))
 
 
 def _tokenizer_chunks(manifest: Manifest) -> tuple[ObjectId, ...] | None:

@@ -124,7 +124,7 @@ def _make(tx: Transaction, manifest: Manifest, recipe: Recipe, request: Request,
         from llmos_cli.quantize.calibrate import calibrated
         from llmos_cli.quantize.measure import sample_rows
 
-        rows = sample_rows(tx.store, manifest, read_manifest(tx.store, request.data), request.rows)
+        rows = sample_rows(tx.store, manifest, read_manifest(tx.store, request.data), request.rows).input_ids
         values = calibrated(tx.store, manifest, plan, rows, recipe, progress=progress)
     rounding = ROUNDINGS.get(request.method or "rtn", ROUNDINGS["search"])  # of what is not in a block
     with values as known:

@@ -40,6 +40,19 @@ def test_the_numbers_are_those_of_the_definition(store: Store, put_model: Put) -
     assert found.loss == pytest.approx(-float(q.gather(-1, targets).mean()), rel=1e-5)
 
 
+def test_what_is_not_learned_does_not_count(store: Store, put_model: Put) -> None:
+    first = load_model(store, read_manifest(store, put_model("a")))
+    second = load_model(store, read_manifest(store, put_model("b", change=_scaled)))
+    rows = np.random.default_rng(0).integers(0, 512, (3, 16))
+    learned = np.ones((3, 16), bool)
+    learned[:, 10:] = False
+    found = diverge(first, second, rows, learned=learned, batch=2, progress=Silent())
+    short = diverge(first, second, rows[:, :10], batch=2, progress=Silent())
+    assert found.tokens == short.tokens == 3 * 9
+    assert found.kl_mean == pytest.approx(short.kl_mean, rel=1e-3)
+    assert found.loss == pytest.approx(short.loss, rel=1e-5)
+
+
 def _scaled(state: dict[str, torch.Tensor]) -> None:
     for name, tensor in state.items():
         if "mlp" in name:
