@@ -66,7 +66,7 @@ def hold_against(
             raise UsageError(f"a {manifest.kind} cannot be compared", hint="name a model or a checkpoint: llmos ls")
     recipe = Recipe(
         "compare",
-        params={"max_rows": max_rows, "version": 2},  # 1 counted padding
+        params={"max_rows": max_rows, "version": 3},  # 1 counted padding, 2 let documents of a row see each other
         inputs={"model": model, "against": against, "data": data},
         tools={"llmos": __version__, "torch": version("torch"), "transformers": version("transformers")},
     )
@@ -97,6 +97,7 @@ def _measure(
 ) -> dict[str, Json]:
     from llmos_cli.models.device import pick_device
     from llmos_cli.models.load import load_model
+    from llmos_cli.models.packed import keeps_apart
     from llmos_cli.models.quiet import quiet
     from llmos_cli.quantize.divergence import diverge
     from llmos_cli.quantize.measure import check_match, sample_rows
@@ -108,7 +109,18 @@ def _measure(
     vocab = int(against.get_input_embeddings().weight.shape[0])
     batch = max(1, min(32, _MAX_LOGITS // (rows.input_ids.shape[1] * vocab)))
     with quiet():
-        found = asdict(diverge(against, model, rows.input_ids, learned=rows.learned, batch=batch, progress=progress))
+        apart = all(keeps_apart(one, rows.input_ids.shape[1]) for one in (model, against))
+        found = asdict(
+            diverge(
+                against,
+                model,
+                rows.input_ids,
+                learned=rows.learned,
+                positions=rows.position_ids if apart else None,
+                batch=batch,
+                progress=progress,
+            )
+        )
     losses = {"perplexity": found["loss"], "perplexity_against": found.pop("reference_loss")}
     exact: dict[str, Json] = {name: float(f"{value:.6g}") for name, value in found.items() if name != "tokens"}
     exact |= {name: float(f"{math.exp(loss):.7g}") for name, loss in losses.items()}

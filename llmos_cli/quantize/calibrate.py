@@ -25,7 +25,7 @@ from llmos_cli.formats.limits import MiB
 from llmos_cli.formats.manifest import FileEntry, Manifest, Recipe
 from llmos_cli.formats.safetensors import TensorInfo
 from llmos_cli.models.config import load_config
-from llmos_cli.models.load import model_class
+from llmos_cli.models.heads import model_class
 from llmos_cli.models.quantized import WEIGHT
 from llmos_cli.models.quiet import quiet
 from llmos_cli.models.weights import read_tensor, tensor_source

@@ -37,12 +37,13 @@ def diverge(
     rows: np.ndarray,
     *,
     learned: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
     batch: int,
     progress: Progress,
 ) -> Divergence:
     """Compare over `rows`, [rows, tokens] of ids, on the tokens that `learned` names, of the same shape (padding and
-    the beginnings of documents are not), or on all but each row's first. Documents of one row see those before them, in
-    both models alike. Both models in eval mode on one device. Memory: the logits of a batch twice, in float32."""
+    the beginnings of documents are not), or on all but each row's first. `positions` that begin anew keep the documents
+    of a row apart. Both models in eval mode on one device. Memory: the logits of a batch twice, in float32."""
     found: list[torch.Tensor] = []
     same = tokens = 0
     losses = [0.0, 0.0]
@@ -50,7 +51,10 @@ def diverge(
     with torch.inference_mode(), progress.task("comparing", total=len(rows), unit="rows") as task:
         for first in range(0, len(rows), batch):
             ids = torch.as_tensor(rows[first : first + batch], dtype=torch.int64, device=device)
-            p, q = (one(input_ids=ids, use_cache=False).logits[:, :-1].float() for one in (reference, model))
+            more = {}
+            if positions is not None:
+                more = {"position_ids": torch.as_tensor(positions[first : first + batch], device=device)}
+            p, q = (one(input_ids=ids, use_cache=False, **more).logits[:, :-1].float() for one in (reference, model))
             wanted = torch.ones_like(ids, dtype=torch.bool)
             if learned is not None:
                 wanted = torch.as_tensor(learned[first : first + batch], device=device).bool()

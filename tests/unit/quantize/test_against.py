@@ -53,6 +53,19 @@ def test_what_is_not_learned_does_not_count(store: Store, put_model: Put) -> Non
     assert found.loss == pytest.approx(short.loss, rel=1e-5)
 
 
+def test_documents_of_a_row_do_not_see_each_other(store: Store, put_model: Put) -> None:
+    first = load_model(store, read_manifest(store, put_model("a")))
+    second = load_model(store, read_manifest(store, put_model("b", change=_scaled)))
+    rows = np.random.default_rng(0).integers(0, 512, (3, 16))
+    positions = np.tile(np.arange(8), (3, 2))
+    learned = positions > 0
+    packed = diverge(first, second, rows, learned=learned, positions=positions, batch=2, progress=Silent())
+    apart = diverge(first, second, rows.reshape(6, 8), batch=2, progress=Silent())
+    assert packed.tokens == apart.tokens == 6 * 7
+    assert packed.kl_mean == pytest.approx(apart.kl_mean, rel=1e-3)
+    assert packed.loss == pytest.approx(apart.loss, rel=1e-5)
+
+
 def _scaled(state: dict[str, torch.Tensor]) -> None:
     for name, tensor in state.items():
         if "mlp" in name:
