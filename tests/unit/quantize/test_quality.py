@@ -19,7 +19,7 @@ from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.refs import read_ref
 
 Put = Callable[..., ObjectId]
-OTHER = {"tokenizer.json": b'{"two": 2}'}
+OTHER = b'{"two": 2}'
 
 
 def test_a_report_holds_what_was_measured_on_every_token(store: Store, put_model: Put, put_data: Put) -> None:
