@@ -24,8 +24,10 @@ from llmos_cli.formats.limits import CHUNK_BYTES, MiB
 
 WINDOW_BYTES: Final = 256 * MiB
 _KEPT_SLOTS: Final = 4096
+_MOST_KEPT: Final = 4 * _KEPT_SLOTS  # many at once cost less each
 _ROUNDS: Final = 8
 _MIX: Final = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # the finaliser of SplitMix64
+_SHIFTS: Final = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 
 def batch_indices(dataset_id: ObjectId, seed: int, step: int, batch_size: int, rows: int) -> np.ndarray:
@@ -64,25 +66,40 @@ def rows_of(dataset_id: ObjectId, count: int, row_bytes: int, *, first: int = 0,
 class Order:
     """The rows of any batch of a run. What it remembers only saves computing it again."""
 
-    def __init__(self, slots: Callable[[range], np.ndarray]) -> None:
+    def __init__(self, slots: Callable[[range], np.ndarray], kept: int = _KEPT_SLOTS) -> None:
         self._slots = slots
+        self._size = kept  # slots that are computed together
         self._kept: dict[int, np.ndarray] = {}
+        self._coming: Callable[[np.ndarray], None] | None = None
+        self._told = 0
+
+    def tell(self, coming: Callable[[np.ndarray], None]) -> None:
+        """Call `coming` with the rows of the next few thousand slots, ever before they are asked for."""
+        self._coming = coming
 
     def batch(self, step: int, batch_size: int) -> np.ndarray:
         """The rows of batch `step`, from 0."""
         start, stop = step * batch_size, (step + 1) * batch_size
-        first, last = start // _KEPT_SLOTS, (stop - 1) // _KEPT_SLOTS
+        first, last = start // self._size, (stop - 1) // self._size
+        if self._coming and last >= self._told:
+            self._tell_of(range(max(first, self._told), last + 2), self._coming)
         if first == last:
-            start -= first * _KEPT_SLOTS
+            start -= first * self._size
             return self._part(first)[start : start + batch_size]
         parts = np.concatenate([self._part(number) for number in range(first, last + 1)])
-        return parts[start - first * _KEPT_SLOTS :][:batch_size]
+        return parts[start - first * self._size :][:batch_size]
+
+    def _tell_of(self, parts: range, coming: Callable[[np.ndarray], None]) -> None:
+        for number in parts:
+            coming(self._part(number))
+        self._told = parts.stop
 
     def _part(self, number: int) -> np.ndarray:
         part = self._kept.get(number)
         if part is None:
-            part = self._slots(range(number * _KEPT_SLOTS, (number + 1) * _KEPT_SLOTS))
-            self._kept = {key: kept for key, kept in self._kept.items() if key == number - 1} | {number: part}
+            part = self._slots(range(number * self._size, (number + 1) * self._size))
+            self._kept = {key: kept for key, kept in self._kept.items() if key in (number - 1, number + 1)}
+            self._kept[number] = part
         return part
 
 
@@ -90,7 +107,8 @@ def order_of(rows: Rows, seed: int) -> Order:
     """The order of one dataset, epoch after epoch."""
     if rows.count < 1:
         raise ValueError("there are no rows to put in order")
-    return Order(lambda slots: run_indices(rows, seed, slots))
+    kept = min(_MOST_KEPT, max(_KEPT_SLOTS // 16, rows.count))
+    return Order(lambda slots: run_indices(rows, seed, slots), kept)
 
 
 def run_indices(rows: Rows, seed: int, slots: range) -> np.ndarray:
@@ -177,13 +195,18 @@ def _permute(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     """One pass of the network over values of 2 * `half` bits."""
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> shift, values & mask
+    mixed, scratch = np.empty_like(values), np.empty_like(values)
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        np.bitwise_xor(right, key, out=mixed)
+        _mix(mixed, scratch)
+        mixed &= mask
+        mixed ^= left
+        left, right, mixed = right, mixed, left
     return (left << shift) | right
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    values = (values ^ (values >> np.uint64(30))) * _MIX[0]
-    values = (values ^ (values >> np.uint64(27))) * _MIX[1]
-    values ^= values >> np.uint64(31)
-    return values
+def _mix(values: np.ndarray, scratch: np.ndarray) -> None:
+    for shift, factor in zip(_SHIFTS, _MIX, strict=False):
+        values ^= np.right_shift(values, shift, out=scratch)
+        values *= factor
+    values ^= np.right_shift(values, _SHIFTS[-1], out=scratch)

@@ -120,6 +120,7 @@ class Llmos(Loader):
         manifest = read_manifest(store, found.id)
         rows = TokenRows(store, manifest)
         order = training_order(found.id, manifest, rows.row_bytes, SEED)
+        order.tell(rows.expect)
         step = done
 
         def batches() -> Batches:

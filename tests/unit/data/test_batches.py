@@ -82,7 +82,7 @@ def test_rows_that_lie_across_blocks_come_whole_and_memory_is_bounded(
     for step in range(40):
         indices = batch_indices(object_id(b"x"), 0, step, 16, 200)
         assert rows.row_batch(indices).tolist() == everything[indices].tolist()
-    assert rows._tokens._held.nbytes <= 4 * 64
+    assert rows._tokens.held.nbytes <= 4 * 64
 
 
 @pytest.mark.parametrize("index", [-1, 3])

@@ -109,3 +109,18 @@ def test_what_an_order_remembers_changes_nothing() -> None:
     batches = [forward.batch(step, 100).tolist() for step in range(120)]
     backward = order_of(rows, 1)
     assert [backward.batch(step, 100).tolist() for step in reversed(range(120))] == batches[::-1]
+
+
+def test_what_comes_is_told_before_it_is_asked_for_and_once() -> None:
+    rows = rows_of(DATA, 3000, 8)
+    alone, told = order_of(rows, 1), order_of(rows, 1)
+    coming: list[np.ndarray] = []
+    told.tell(coming.append)
+    start = 500
+    for step in range(start, start + 1000):
+        batch = told.batch(step, 8)
+        assert batch.tolist() == alone.batch(step, 8).tolist()
+    slots = np.concatenate(coming).tolist()
+    first = start * 8 // 3000 * 3000
+    assert slots == np.concatenate([alone.batch(slot, 1) for slot in range(first, first + len(slots))]).tolist()
+    assert first + len(slots) >= (start + 1000) * 8 + 3000
