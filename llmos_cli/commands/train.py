@@ -57,6 +57,18 @@ def train(
         int | None,
         typer.Option("--save-every", metavar="N", help="Steps between checkpoints.  [default: about ten in a run]"),
     ] = None,
+    keep_last: Annotated[
+        int | None,
+        typer.Option(
+            "--keep-last", metavar="N", help="Keep the newest N checkpoints.  [default: those of the last 14 days]"
+        ),
+    ] = None,
+    keep_every: Annotated[
+        int | None, typer.Option("--keep-every", metavar="N", help="Keep the weights of every N steps as NAME:step-N.")
+    ] = None,
+    keep_best: Annotated[
+        str | None, typer.Option("--keep-best", metavar="loss", help="Keep the weights with the least as NAME:best.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="S", help="Of weights and data order.  [default: 0]")
     ] = None,
@@ -88,7 +100,7 @@ def train(
       llmos train tiny --resume
       llmos train tuned --data notes --model tiny --steps 100 --lr 1e-4 --precision bf16
     """
-    from llmos_cli.train.config import Options, parse_model_config
+    from llmos_cli.train.config import Options, Retention, parse_model_config
     from llmos_cli.train.plan import hold_run, make_plan
     from llmos_cli.train.result import publish_model, use_made
 
@@ -106,8 +118,11 @@ def train(
         depth=depth,
         config=None if config is None else parse_model_config(_read(config), str(config)),
     )
+    keep = Retention(keep_last, keep_every, keep_best)
     with here.open_store() as store, hold_run(store, name):
-        plan = make_plan(store, name, data=data, model=model, options=options, save_every=save_every, resume=resume)
+        plan = make_plan(
+            store, name, data=data, model=model, options=options, save_every=save_every, keep=keep, resume=resume
+        )
         for note in plan.notes:
             here.out.say(note)
         if plan.made is not None:

@@ -14,6 +14,7 @@ from llmos_cli.formats import canonical
 from llmos_cli.formats.canonical import Json
 
 PRECISIONS: Final = ("fp32", "bf16")
+METRICS: Final = ("loss",)  # what --keep-best can go by
 DEFAULT_DEPTH: Final = 2
 LR_FROM_SCRATCH: Final = 1e-3
 LR_FROM_MODEL: Final = 5e-5
@@ -102,6 +103,28 @@ class TrainConfig:
         if self.config is not None:
             table["config"] = dict(self.config)
         return table
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept besides the newest: the `last` few, the weights of `every` so many steps, those with
+    the `best` value of a metric. None is "not asked for"; nothing of it decides the bytes of a result."""
+
+    last: int | None = None
+    every: int | None = None
+    best: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.last == 1:
+            raise UsageError("--keep-last 1 would leave nothing to fall back on", hint="use --keep-last 2")
+        if self.last is not None:
+            _whole("--keep-last", self.last, 2, MOST_STEPS)
+        if self.every is not None:
+            _whole("--keep-every", self.every, 1, MOST_STEPS)
+        if self.best is not None and self.best not in METRICS:
+            raise UsageError(
+                f"--keep-best {self.best} is not a metric of a run", hint=f"use --keep-best {' or '.join(METRICS)}"
+            )
 
 
 def from_params(params: Mapping[str, Json], seed: int | None, what: str) -> TrainConfig:

@@ -18,10 +18,11 @@ from llmos_cli.store.leases import hold_alone
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.recipes import find_made
-from llmos_cli.store.refs.refs import read_ref
+from llmos_cli.store.refs.refs import read_ref, ref_names
 from llmos_cli.store.refs.resolve import resolve
 from llmos_cli.train.config import (
     Options,
+    Retention,
     TrainConfig,
     check_save_every,
     default_save_every,
@@ -32,6 +33,8 @@ from llmos_cli.train.config import resolve as resolve_config
 from llmos_cli.train.inputs import check_dataset, check_parent, check_sizes, tokenizer_file
 
 CHECKPOINT_TAG: Final = "checkpoint"
+BEST_TAG: Final = "best"
+STEP_TAG: Final = "step-"
 STATE_FOLDER: Final = "training"  # in a checkpoint, what a finished model leaves behind
 STEP_PARAM: Final = "at_step"  # in a checkpoint's recipe, what tells it from the finished model's
 
@@ -63,6 +66,7 @@ class Plan:
     resume: Checkpoint | None
     made: ObjectId | None
     notes: tuple[str, ...]
+    keep: Retention
 
     @property
     def key(self) -> str:
@@ -77,6 +81,10 @@ class Plan:
     @property
     def start(self) -> int:
         return self.resume.step if self.resume else 0
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step; the last one is always saved."""
+        return step % self.save_every == 0 or (self.keep.every is not None and step % self.keep.every == 0)
 
 
 def hold_run(store: Store, name: str) -> AbstractContextManager[None]:
@@ -93,6 +101,7 @@ def make_plan(
     model: str | None,
     options: Options,
     save_every: int | None = None,
+    keep: Retention | None = None,
     resume: bool = False,
 ) -> Plan:
     """Decide what to train; raises UsageError, NotFound, Unsafe or Damaged for what cannot be."""
@@ -101,6 +110,8 @@ def make_plan(
         raise UsageError(f"{target} names the checkpoints of a run", hint=f"write {target.name}")
     checkpoint_ref = RefName(target.name, CHECKPOINT_TAG)
     _refuse_other_kind(store, target, "model")
+    keep = keep or Retention()
+    _check_kept(store, target.name, keep)
     found = read_checkpoint(store, checkpoint_ref)
     recorded = _recorded(found, checkpoint_ref) if found and resume else None
 
@@ -162,6 +173,7 @@ def make_plan(
         None if made else found,
         made,
         tuple(notes),
+        keep,
     )
 
 
@@ -184,6 +196,14 @@ def read_checkpoint(store: Store, ref: RefName) -> Checkpoint | None:
 def checkpoint_recipe(recipe: Recipe, step: int) -> Recipe:
     """The recipe of the checkpoint at `step` of a run."""
     return replace(recipe, params={**recipe.params, STEP_PARAM: step})
+
+
+def same_run(one: Recipe | None, other: Recipe) -> bool:
+    """Whether two recipes are of one run, at whatever step and by whatever versions."""
+    if one is None:
+        return False
+    parameters = [{key: value for key, value in recipe.params.items() if key != STEP_PARAM} for recipe in (one, other)]
+    return parameters[0] == parameters[1] and replace(one, params={}, tools={}) == replace(other, params={}, tools={})
 
 
 def tokenizer_source(plan: Plan) -> Manifest:
@@ -216,6 +236,14 @@ def _differences(config: TrainConfig, inputs: Mapping[str, ObjectId], found: Che
 
 def _short(oid: ObjectId | None) -> str:
     return "none" if oid is None else f"@{oid.short}"
+
+
+def _check_kept(store: Store, name: str, keep: Retention) -> None:
+    """Refuse before training what would be refused at the first checkpoint to keep."""
+    for ref in ref_names(store):
+        kept = (keep.every and ref.tag.startswith(STEP_TAG)) or (keep.best and ref.tag == BEST_TAG)
+        if ref.name == name and kept:
+            _refuse_other_kind(store, ref, "model")
 
 
 def _refuse_other_kind(store: Store, ref: RefName, kind: str) -> None:

@@ -93,7 +93,8 @@ def run(
                 position = Position(event.step, position.tokens + event.tokens, event.loss)
                 reporter.report(event)
                 saver.poll()
-                if event.step % plan.save_every == 0 and event.step < config.steps:
+                saver.note_loss(event.loss)
+                if plan.is_saved(event.step) and event.step < config.steps:
                     saver.save(position)
 
             try:

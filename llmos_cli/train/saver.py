@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import fmean
 from types import TracebackType
 from typing import Self
 
@@ -24,6 +25,7 @@ from llmos_cli.store.local import Store
 from llmos_cli.store.transaction import Commit, begin
 from llmos_cli.train.checkpoint import POSITION, TENSORS, Position, capture, encode_position
 from llmos_cli.train.plan import Plan, checkpoint_recipe, tokenizer_source
+from llmos_cli.train.retention import keep_by_role
 
 _WEIGHTS = "model.safetensors"
 
@@ -67,6 +69,7 @@ class Saver:
         self._small_files, self._saved = small_files, saved
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._grew = 0
+        self._losses: list[float] = []  # of the steps since the last checkpoint
         self._staged: dict[str, dict[str, torch.Tensor]] = {}
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: Future[_Written] | None = None
@@ -93,8 +96,14 @@ class Saver:
         weights = self._stage(_WEIGHTS, drop_tied(self._model))
         state = self._stage(TENSORS, capture(self._model, self._optimizer))
         self._asked = position.step
+        loss = fmean(self._losses) if self._losses else None
+        self._losses = []
         stalled = time.perf_counter() - began
-        self._in_flight = self._writer.submit(self._write, position, weights, state, stalled)
+        self._in_flight = self._writer.submit(self._write, position, weights, state, stalled, loss)
+
+    def note_loss(self, loss: float) -> None:
+        """Take note of what a step lost: a checkpoint is judged by the mean since the one before it."""
+        self._losses.append(loss)
 
     def poll(self) -> None:
         """Take note of a checkpoint that has been written; raises what stopped the writer."""
@@ -127,7 +136,12 @@ class Saver:
         return self._staged[name]
 
     def _write(
-        self, position: Position, weights: dict[str, torch.Tensor], state: dict[str, torch.Tensor], stalled: float
+        self,
+        position: Position,
+        weights: dict[str, torch.Tensor],
+        state: dict[str, torch.Tensor],
+        stalled: float,
+        loss: float | None,
     ) -> _Written:
         began = time.perf_counter()
         plan = self._plan
@@ -147,6 +161,7 @@ class Saver:
                     "checkpoint", tuple(files), self._meta(position), checkpoint_recipe(plan.recipe, position.step)
                 )
                 commit = tx.commit(manifest, message=f"train: step {position.step} of {plan.config.steps}")
+            keep_by_role(self._store, plan, position.step, manifest, loss)
         except OSError as exc:
             raise self._failed(position, from_os_error(exc, "writing it")) from exc
         except LlmosError as exc:

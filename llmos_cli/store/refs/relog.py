@@ -1,7 +1,7 @@
 """Giving a store a ref's log back as it was: the same moves, with their numbers, times and people.
 
 A ref that is not there appears with its whole log at once: the folder is made elsewhere and renamed. The log of one
-that is there only grows, one move after the other.
+that is there only grows, one move after the other; and it is trimmed, of moves that have been followed by others.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from llmos_cli.formats.names import RefName
 from llmos_cli.formats.reflog import RefEntry, encode_entry, entry_name
 from llmos_cli.store.disk import durable
 from llmos_cli.store.handle import Store
-from llmos_cli.store.refs.refs import publish_move, read_ref
+from llmos_cli.store.refs.refs import publish_move, read_ref, ref_history
 
 
 def restore_log(store: Store, ref: RefName, moves: Sequence[RefEntry]) -> None:
@@ -37,3 +37,14 @@ def extend_log(store: Store, moves: Sequence[RefEntry]) -> None:
     """Add the moves that follow a ref's newest one; raises Conflict if somebody else moves it."""
     for move in moves:
         publish_move(store, move)
+
+
+def trim_log(store: Store, ref: RefName, moves: Sequence[RefEntry]) -> None:
+    """Forget these moves of a ref, so that its log no longer keeps what they named; never its newest one."""
+    newest = next(iter(ref_history(store, ref)), None)
+    folder = store.refs / ref.name / ref.tag
+    gone = [move for move in moves if newest is not None and move.sequence < newest.sequence]
+    for move in gone:
+        durable.remove(folder / entry_name(move.sequence))
+    if gone:
+        durable.sync_folder(folder)

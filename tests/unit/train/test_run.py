@@ -3,23 +3,21 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 
-from llmos_cli.data.make import Request, make_dataset
 from llmos_cli.errors import Interrupted, LlmosError, NoSpace, Unsafe, UsageError
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest, encode_manifest
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.models.load import load_model
 from llmos_cli.progress import Silent
-from llmos_cli.store.local import Store, init_store, open_store
+from llmos_cli.store.local import Store, open_store
 from llmos_cli.store.packs.objects import read_file, read_manifest
 from llmos_cli.store.refs.refs import read_ref, ref_history
 from llmos_cli.store.transaction import begin
@@ -41,28 +39,6 @@ LLAMA = {
     "max_position_embeddings": 64,
     "attention_dropout": 0.1,
 }
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with the datasets `text` (rows of 32) and `other` (another tokenizer) and the model `parent`."""
-    root = tmp_path_factory.mktemp("made") / ".llmos"
-    init_store(root)
-    source = root.parent / "text.txt"
-    source.write_text("\n".join(f"{n} squared is {n * n}, and {n} halved is {n / 2}." for n in range(600)))
-    with open_store(root) as store:
-        for name, vocab in (("text", 300), ("other", 290)):
-            request = Request((str(source),), f"train:{vocab}", 32, 1 << 20)
-            make_dataset(store, parse_ref(name), request, progress=Silent())
-        train(store, "parent", Options(steps=2, batch=2, config=LLAMA))
-    return root
-
-
-@pytest.fixture
-def store(made: Path, tmp_path: Path) -> Iterator[Store]:
-    shutil.copytree(made, tmp_path / ".llmos")
-    with open_store(tmp_path / ".llmos") as opened:
-        yield opened
 
 
 def plan_of(store: Store, name: str, options: Options, **more: Any) -> Plan:
