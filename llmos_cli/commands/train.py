@@ -154,10 +154,12 @@ def _say_start(out: "Output", plan: "Plan", event: "Started") -> None:
     config = plan.config
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     out.say(f"{event.architecture}, {count(event.parameters)} parameters, on {event.device}, {config.precision}")
-    out.say(
-        f"{count(config.steps)} steps of {count(event.tokens_per_step)} tokens{parts}, "
-        f"a checkpoint every {count(plan.save_every)} steps"
+    each = (
+        f"{count(config.batch)} examples" if event.tokens_per_step is None else f"{count(event.tokens_per_step)} tokens"
     )
+    out.say(f"{count(config.steps)} steps of {each}{parts}, a checkpoint every {count(plan.save_every)} steps")
+    if event.new:
+        out.say(f"new weights, drawn by the seed: {', '.join(event.new)}")
     if event.start:
         out.say(f"going on from step {count(event.start)} ({plan.checkpoint_ref})")
 

@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, LlamaConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, BertConfig, LlamaConfig, PretrainedConfig
 
 from llmos_cli.errors import Damaged, LlmosError, Unsafe, UsageError
 from llmos_cli.formats import canonical
@@ -88,6 +88,22 @@ def llama_config(
         tie_word_embeddings=True,
         bos_token_id=bos,
         eos_token_id=eos,
+        pad_token_id=pad,
+    )
+
+
+def bert_config(depth: int, vocab_size: int, seq_len: int, *, pad: int) -> BertConfig:
+    """A BERT by the same rule: `depth` layers and heads of 64."""
+    if depth < 1:
+        raise UsageError(f"a depth of {depth} makes no model", hint="use --depth 1 or more")
+    hidden = _HEAD_DIM * depth
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=depth,
+        num_attention_heads=depth,
+        max_position_embeddings=seq_len,
         pad_token_id=pad,
     )
 

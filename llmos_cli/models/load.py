@@ -7,15 +7,17 @@ left over or of another shape is an error, never a random value. No network, no 
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from llmos_cli.errors import Damaged, LlmosError, UsageError
 from llmos_cli.formats import canonical
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models import config as configs
+from llmos_cli.models.heads import Head, check_head, model_class
 from llmos_cli.models.quantized import SCALE, prepare_quantized
 from llmos_cli.models.quiet import quiet
 from llmos_cli.models.schemes import read_scheme
@@ -38,6 +40,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    head: Head = "causal",
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """The stored model, plain or int8, in eval mode on `device`.
@@ -47,12 +50,48 @@ def load_model(
     """
     progress = progress or Silent()
     config = configs.load_config(store, manifest)
+    check_head(config, head)
     state = load_state_dict(store, manifest, progress=progress)
-    model = build_model(config, state, dtype=dtype, progress=progress)
+    model = build_model(config, state, dtype=dtype, head=head, progress=progress)
     entry = manifest.file(_GENERATION_FILE)
     if entry is not None:
         model.generation_config = _generation_config(read_file(store, entry))
     return model.to(device)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model with a head that the stored one did not have; `new` names the weights that were drawn, `left` those that
+    have no place in it."""
+
+    model: PreTrainedModel
+    new: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def adapt_model(
+    store: Store,
+    manifest: Manifest,
+    config: PretrainedConfig,
+    *,
+    head: Head,
+    seed: int,
+    progress: Progress | None = None,
+) -> Adapted:
+    """The stored model's body in float32 under a head of `config`, which is drawn by `seed` where it was not stored.
+
+    Raises Damaged if a weight of the body itself is missing or has another shape.
+    """
+    state = load_state_dict(store, manifest, progress=progress)
+    model, info = _put_together(config, state, dtype=torch.float32, head=head, seed=seed, progress=progress)
+    shapes = {name for name, *_ in info["mismatched_keys"]}
+    new, left = {*info["missing_keys"], *shapes}, set(info["unexpected_keys"])
+    body = f"{model.base_model_prefix}."
+    # A pooler is part of a head: models for tokens have none.
+    torn = [name for name in new if name.startswith(body) and not name.startswith(f"{body}pooler.")]
+    if torn:
+        raise Damaged(f"the weights do not fit {configs.CONFIG_FILE}: missing {_list(torn)}")
+    return Adapted(model.eval(), tuple(sorted(new)), tuple(sorted(left)))
 
 
 def build_model(
@@ -60,10 +99,26 @@ def build_model(
     state: Mapping[str, torch.Tensor],
     *,
     dtype: torch.dtype | None = None,
+    head: Head = "causal",
     progress: Progress | None = None,
 ) -> PreTrainedModel:
     """A model of `config` that takes the tensors of `state` as its own memory; raises Damaged if they do not fit."""
-    cls = model_class(config)
+    model, info = _put_together(config, state, dtype=dtype, head=head, seed=0, progress=progress)
+    _check_fit(info)
+    return model.eval()
+
+
+def _put_together(
+    config: PretrainedConfig,
+    state: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype | None,
+    head: Head,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model, and transformers' account of the keys that did not fit; those are drawn by `seed`."""
+    cls = model_class(config, head)
     quantization = getattr(config, "quantization_config", None)
     scheme = None if quantization is None else read_scheme(quantization)
 
@@ -80,6 +135,7 @@ def build_model(
     prepared = _with_last_step(cls, prepare)
     try:
         with quiet() as messages, torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             model, info = prepared.from_pretrained(
                 None,
                 config=config,
@@ -95,16 +151,15 @@ def build_model(
     if scheme is not None:
         model.config.quantization_config = quantization
         model.requires_grad_(False)
-    _check_fit(info)
     for message in messages:
         if _REPORT not in message:
             (progress or Silent()).warn(message)
-    return model.eval()
+    return model, info
 
 
-def new_model(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
+def new_model(config: PretrainedConfig, *, seed: int, head: Head = "causal") -> PreTrainedModel:
     """A model with random float32 weights, a function of `config` and `seed`; the caller's random state is kept."""
-    cls = model_class(config)
+    cls = model_class(config, head)
     config = copy.deepcopy(config)
     config.dtype = torch.float32
     try:
@@ -123,14 +178,6 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             return cls(config)
     except configs.BAD_CONFIG as exc:
         raise Damaged(f"{configs.CONFIG_FILE} makes no model: {configs.one_line(exc)}") from exc
-
-
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that predicts the next token for this configuration; raises LlmosError where transformers has none."""
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise LlmosError(f"a {config.model_type} model does not predict next tokens, so llmos cannot run it")
-    cls: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return cls
 
 
 def _with_last_step(cls: type[PreTrainedModel], step: Callable[[PreTrainedModel], None]) -> type[PreTrainedModel]:

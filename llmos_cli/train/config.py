@@ -195,8 +195,6 @@ def check_trainable(table: Mapping[str, Json], name: str) -> None:
         raise Unsafe(f"{name} asks to run code that came with the model (auto_map)")
     if table.get("quantization_config"):
         raise UsageError(f"{name} is quantized, which cannot be trained", hint="train the model it was made from")
-    if table.get("is_encoder_decoder"):
-        raise UsageError(f"{name} is an encoder-decoder; llmos trains causal language models")
 
 
 def differences(asked: TrainConfig, recorded: TrainConfig) -> list[str]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Final
 
+from llmos_cli.data.layout import RAGGED_TASKS
+from llmos_cli.data.tasks.fields import LABELLED, TASKS
 from llmos_cli.errors import Damaged, UsageError
 from llmos_cli.formats import canonical
 from llmos_cli.formats.canonical import Json
@@ -29,12 +31,19 @@ def check_dataset(data: Manifest, label: str) -> None:
     """Raise UsageError unless `data` is a dataset with at least one row to predict in."""
     if data.kind != "dataset":
         raise UsageError(f"{label} is a {data.kind}, not a dataset", hint="make one with: llmos shard TEXT... NAME")
-    if data.meta.get("task") not in ("lm", "chat"):
-        raise UsageError(f"{label} is not a language-modelling dataset (task {data.meta.get('task')!r})")
+    task = data.meta.get("task")
+    if task not in TASKS:
+        raise UsageError(f"{label} is for the task {task!r}, which is not trained", hint="see: llmos shard --help")
     if dataset_number(data, "rows", label) < 1:
+        if task in RAGGED_TASKS:
+            raise UsageError(f"{label} has no examples to train on", hint="shard more records")
         raise UsageError(
             f"{label} has fewer tokens than one row of {dataset_number(data, 'seq_len', label)}",
             hint="shard more text, or shard it with a smaller --seq-len",
+        )
+    if task in LABELLED and not data.meta.get("labels"):
+        raise UsageError(
+            f"{label} has no labels to learn", hint="say which field holds them: llmos shard ... --field label=KEY"
         )
     if dataset_number(data, "seq_len", label) < 2:
         raise UsageError(f"{label} has rows of one token, in which there is nothing to predict")
@@ -56,7 +65,13 @@ def check_parent(store: Store, parent: Manifest, label: str, data: Manifest, dat
 
 
 def check_sizes(table: Mapping[str, Json], label: str, data: Manifest, data_label: str) -> None:
-    """Raise UsageError if the rows or the vocabulary are larger than what a config.json provides for."""
+    """Raise UsageError if the rows or the vocabulary are larger than what a config.json provides for, or if it is of a
+    family that the task is not for."""
+    if table.get("is_encoder_decoder") and data.meta.get("task") != "seq2seq":
+        raise UsageError(
+            f"{label} is an encoder-decoder, and {data_label} is for the task {data.meta.get('task')}",
+            hint="it trains on what llmos shard --task seq2seq makes",
+        )
     seq_len, tokens = dataset_number(data, "seq_len", data_label), dataset_number(data, "vocab_size", data_label)
     vocab = table.get("vocab_size")
     if isinstance(vocab, int) and tokens > vocab:
@@ -79,6 +94,11 @@ def dataset_number(data: Manifest, key: str, label: str) -> int:
     if type(value) is not int:
         raise Damaged(f"dataset {label} does not say its {key}")
     return value
+
+
+def row_bytes(data: Manifest) -> int:
+    """Bytes of tokens in a row, or in an example at most: by them the order keeps reading local."""
+    return dataset_number(data, "seq_len", "the dataset") * (4 if data.meta.get("dtype") == "U32" else 2)
 
 
 def tokenizer_file(manifest: Manifest) -> FileEntry | None:

@@ -1,5 +1,5 @@
-"""One optimizer step, and the loop over steps. It knows neither the store nor the disk: batches come from a function
-of the step, results go to a callback, and a step that cannot be applied leaves the model as it was.
+"""One optimizer step, and the loop over steps. It knows neither the store nor the disk nor the task: work comes from a
+function of the step, results go to a callback, and a step that cannot be applied leaves the model as it was.
 """
 
 import math
@@ -10,19 +10,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.nn import functional
 
-from llmos_cli.data.batches import Batch
 from llmos_cli.errors import LlmosError
 from llmos_cli.train.config import TrainConfig
 from llmos_cli.train.optimizer import learning_rate
-
-IGNORED = -100
+from llmos_cli.train.tasks.work import Work, summed_loss
 
 
 @dataclass(frozen=True)
 class StepDone:
-    """A step that was applied; `step` counts from 1, `tokens` are those predicted in it."""
+    """A step that was applied; `step` counts from 1, `tokens` are those that its work went through."""
 
     step: int
     loss: float
@@ -43,38 +40,22 @@ class Stopped(Exception):
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, model: Any, batch: Batch, parts: int, stop: Callable[[], bool] = lambda: False
-) -> tuple[torch.Tensor, int]:
-    """Add the gradient of the mean loss over all predicted tokens of `batch`, computed in `parts` micro-batches.
+    accelerator: Accelerator, model: Any, work: Work, parts: int, stop: Callable[[], bool] = lambda: False
+) -> torch.Tensor:
+    """Add the gradient of the mean loss over all that `work` counts, computed in `parts` micro-batches; returns it.
 
-    Each part adds its summed loss over the tokens of the whole batch, so the split does not change the gradient.
-    Positions that begin anew tell a model where a document ends that it must not look beyond.
+    Each part adds its summed loss by what the whole step counts, so the split does not change the gradient.
     """
-    rows = torch.from_numpy(batch.input_ids).to(accelerator.device)
-    learned = rows
-    if batch.learned is not None:
-        learned = rows.masked_fill(torch.from_numpy(~batch.learned).to(rows.device), IGNORED)
-    # Labels are shifted, not the logits: slicing logits would copy the largest tensor of the step.
-    labels = functional.pad(learned[:, 1:], (0, 1), value=IGNORED)
-    tokens = int((labels != IGNORED).sum())
-    if not tokens:
-        raise LlmosError("a batch has no token to predict", hint="choose a larger --batch, or longer documents")
-    positions: Any = [None] * parts
-    if batch.position_ids is not None:
-        positions = torch.from_numpy(batch.position_ids).to(rows.device).chunk(parts)
-    total = torch.zeros((), dtype=torch.float32, device=rows.device)
-    for ids, targets, places in zip(rows.chunk(parts), labels.chunk(parts), positions, strict=True):
+    if not work.counted:
+        raise LlmosError("a batch has nothing to predict", hint="choose a larger --batch, or longer documents")
+    total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
+    for inputs, targets in work.parts(parts, accelerator.device):
         if stop():
             raise Stopped
-        more = {} if places is None else {"position_ids": places}
-        logits = model(input_ids=ids, use_cache=False, **more).logits.float()
-        summed = functional.cross_entropy(
-            logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORED, reduction="sum"
-        )
-        loss = summed / tokens
+        loss = summed_loss(model(**inputs, **work.options).logits, targets) / work.counted
         accelerator.backward(loss)
         total += loss.detach()
-    return total, tokens
+    return total
 
 
 def run_steps(
@@ -84,7 +65,7 @@ def run_steps(
     config: TrainConfig,
     *,
     start: int,
-    batch: Callable[[int], Batch],
+    work: Callable[[int], Work],
     done: Callable[[StepDone], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> int:
@@ -99,13 +80,13 @@ def run_steps(
             return step
         began = time.perf_counter()
         random_state = capture_random_state()
-        rows = batch(step)
+        asked = work(step)
         lr = learning_rate(step, steps=config.steps, warmup=config.warmup, peak=config.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
         try:
-            total, tokens = accumulate_gradients(accelerator, model, rows, config.accumulate, stop)
+            total = accumulate_gradients(accelerator, model, asked, config.accumulate, stop)
         except Stopped:
             optimizer.zero_grad()
             restore_random_state(random_state)
@@ -116,7 +97,7 @@ def run_steps(
             if not math.isfinite(value):
                 raise Diverged(f"the {what} became {value} at step {step + 1}; the step was not applied")
         optimizer.step()
-        done(StepDone(step + 1, loss, grad_norm, lr, tokens, time.perf_counter() - began))
+        done(StepDone(step + 1, loss, grad_norm, lr, asked.tokens, time.perf_counter() - began))
     return config.steps
 
 

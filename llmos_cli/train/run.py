@@ -1,6 +1,5 @@
 """Training, end to end: builds what a plan names, runs the loop, has checkpoints committed and at last the model."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,24 +9,20 @@ import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from llmos_cli.data.batches import Batch, TokenRows
+from llmos_cli.data.layout import RAGGED_TASKS
 from llmos_cli.data.mixing import training_order
-from llmos_cli.errors import Damaged, UsageError
-from llmos_cli.formats.canonical import Json
-from llmos_cli.models.config import parse_config
-from llmos_cli.models.load import llama_config, load_model, new_model
-from llmos_cli.models.packed import keeps_apart
+from llmos_cli.errors import Damaged
 from llmos_cli.models.quiet import quiet
-from llmos_cli.models.tokenizers import load_tokenizer
 from llmos_cli.models.weights import load_state_dict
 from llmos_cli.progress import Progress
 from llmos_cli.store.leases import hold
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_file
+from llmos_cli.train.build import build
 from llmos_cli.train.causal import check_causal
 from llmos_cli.train.checkpoint import POSITION, Position, decode_position, restore
 from llmos_cli.train.device import describe, is_slow, open_accelerator
-from llmos_cli.train.inputs import dataset_number, model_config
+from llmos_cli.train.inputs import row_bytes
 from llmos_cli.train.loop import Diverged, StepDone, run_steps
 from llmos_cli.train.metrics import RunLog
 from llmos_cli.train.optimizer import build_optimizer
@@ -35,9 +30,8 @@ from llmos_cli.train.plan import STATE_FOLDER, Plan
 from llmos_cli.train.result import Trained, publish_model
 from llmos_cli.train.saver import Saved, Saver
 from llmos_cli.train.signals import stop_flag
+from llmos_cli.train.tasks.opened import head_for, open_task, task_of
 
-_CONFIG_FILE = "config.json"
-_GENERATION_FILE = "generation_config.json"
 _SMOOTHING = 0.9  # of the rate shown while training
 
 
@@ -47,9 +41,10 @@ class Started:
 
     architecture: str
     parameters: int
-    tokens_per_step: int
+    tokens_per_step: int | None  # None where examples differ in length
     device: str
     start: int
+    new: tuple[str, ...] = ()
 
 
 def run(
@@ -69,22 +64,21 @@ def run(
     with quiet(), hold(store, f"train {plan.target.name}", inputs), open_accelerator(config.precision) as accelerator:
         if is_slow(accelerator.device, config.precision):
             progress.warn(f"this processor has no {config.precision} instructions: fp32 is many times faster here")
-        model, small_files = _build(store, plan, progress)
-        _check_model(model, plan)
-        rows = TokenRows(store, plan.data)
-        order = training_order(plan.data_id, plan.data, rows.row_bytes, config.seed)
-        check_causal(model, rows.seq_len)
-        apart = keeps_apart(model, rows.seq_len)
-        if not apart:
-            progress.warn(f"{type(model).__name__} sees the documents before in a row: it takes no notice of positions")
+        built = build(store, plan, progress)
+        model = built.model
+        task = open_task(store, plan.data, model, seed=config.seed, progress=progress)
+        order = training_order(plan.data_id, plan.data, row_bytes(plan.data), config.seed)
+        if head_for(task_of(plan.data), model.config) == "causal":
+            check_causal(model, task.longest)
         raw = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
         prepared, optimizer = accelerator.prepare(model, raw)
         set_seed(config.seed)
         position = _restore(store, plan, model, raw)
-        saver = Saver(store, plan, model, raw, small_files=small_files, saved=saved)
+        saver = Saver(store, plan, model, raw, small_files=built.small_files, saved=saved)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        tokens = config.batch * (rows.seq_len - 1)
-        started(Started(type(model).__name__, parameters, tokens, describe(accelerator.device), position.step))
+        tokens = None if task_of(plan.data) in RAGGED_TASKS else config.batch * (task.longest - 1)
+        device = describe(accelerator.device)
+        started(Started(type(model).__name__, parameters, tokens, device, position.step, built.new))
 
         with stop_flag() as flag, _reporter(store, plan, progress) as reporter, saver:
 
@@ -104,7 +98,7 @@ def run(
                     optimizer,
                     config,
                     start=position.step,
-                    batch=lambda step: _together(rows.batch(order.batch(step, config.batch)), apart),
+                    work=lambda step: task.work(step * config.batch, order.batch(step, config.batch)),
                     done=done,
                     stop=lambda: bool(flag),
                 )
@@ -122,65 +116,6 @@ def run(
             assert saver.last is not None
             trained = publish_model(store, plan, *saver.last)
         return replace(trained, tokens_per_second=reporter.tokens_per_second, log=reporter.log.path)
-
-
-def _build(store: Store, plan: Plan, progress: Progress) -> tuple[PreTrainedModel, dict[str, bytes]]:
-    """The model with float32 weights, and the small files that go with it into every checkpoint."""
-    if plan.resume:
-        manifest = plan.resume.manifest
-        entries = [entry for name in (_CONFIG_FILE, _GENERATION_FILE) if (entry := manifest.file(name))]
-        small_files = {entry.path: read_file(store, entry) for entry in entries}
-        return load_model(store, manifest, dtype=torch.float32, progress=progress), small_files
-    if plan.model:
-        model = load_model(store, plan.model, dtype=torch.float32, progress=progress)
-        small_files = {_CONFIG_FILE: _config_file(model, model_config(store, plan.model, "the model"))}
-        if entry := plan.model.file(_GENERATION_FILE):
-            small_files[_GENERATION_FILE] = read_file(store, entry)
-        return model, small_files
-    config = plan.config
-    vocab = dataset_number(plan.data, "vocab_size", "the dataset")
-    if config.config is not None:
-        built = parse_config({"vocab_size": vocab, **config.config})
-    else:
-        assert config.depth is not None
-        tokenizer = load_tokenizer(store, plan.data)
-        built = llama_config(
-            config.depth,
-            vocab,
-            dataset_number(plan.data, "seq_len", "the dataset"),
-            bos=tokenizer.bos_token_id,
-            eos=tokenizer.eos_token_id,
-            pad=tokenizer.pad_token_id,
-        )
-    model = new_model(built, seed=config.seed)
-    small_files = {_CONFIG_FILE: _config_file(model, json.loads(model.config.to_json_string()))}
-    if model.can_generate() and model.generation_config is not None:
-        small_files[_GENERATION_FILE] = model.generation_config.to_json_string().encode()
-    return model, small_files
-
-
-def _config_file(model: PreTrainedModel, table: dict[str, Json]) -> bytes:
-    """config.json of the trained model: what it was built from, and that its weights are float32."""
-    kept = {key: value for key, value in table.items() if key != "torch_dtype"}
-    kept |= {"architectures": [type(model).__name__], "dtype": "float32"}
-    return (json.dumps(kept, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _check_model(model: PreTrainedModel, plan: Plan) -> None:
-    """The same questions as before loading, asked again of what was really built: configs may nest their sizes."""
-    embeddings = model.get_input_embeddings().weight.shape[0]
-    vocab = dataset_number(plan.data, "vocab_size", "the dataset")
-    if vocab > embeddings:
-        raise UsageError(f"the dataset uses {vocab:,} tokens, but the model has embeddings for {embeddings:,}")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    seq_len = dataset_number(plan.data, "seq_len", "the dataset")
-    if isinstance(longest, int) and seq_len > longest:
-        raise UsageError(f"the dataset has rows of {seq_len:,} tokens, but the model takes at most {longest:,}")
-
-
-def _together(batch: Batch, apart: bool) -> Batch:
-    """A batch for a model that would not keep documents apart: as one stream, as far as it is concerned."""
-    return batch if apart else replace(batch, position_ids=None)
 
 
 def _restore(store: Store, plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Position:

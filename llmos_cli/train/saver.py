@@ -176,7 +176,7 @@ class Saver:
             "parameters": self._parameters,
             "step": position.step,
             "steps": self._plan.config.steps,
-            "task": "lm",
+            "task": str(self._plan.data.meta.get("task")),
             "tokens": position.tokens,
         }
 

@@ -8,13 +8,14 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmos_cli.data.batches import Batch
 from llmos_cli.models.packed import keeps_apart
 from llmos_cli.train.checkpoint import capture, restore
 from llmos_cli.train.config import TrainConfig
 from llmos_cli.train.device import open_accelerator
 from llmos_cli.train.loop import Diverged, StepDone, accumulate_gradients, run_steps
 from llmos_cli.train.optimizer import build_optimizer
+from llmos_cli.train.tasks.language import next_tokens
+from llmos_cli.train.tasks.work import Work
 
 VOCAB, SEQ = 61, 16
 
@@ -41,8 +42,10 @@ def tiny_model(dropout: float = 0.0) -> LlamaForCausalLM:
     )
 
 
-def rows(step: int, batch: int = 8) -> Batch:
-    return Batch(np.random.default_rng(step).integers(0, VOCAB, (batch, SEQ), dtype=np.int64))
+def rows(step: int, batch: int = 8) -> Work:
+    return next_tokens(
+        {"input_ids": np.random.default_rng(step).integers(0, VOCAB, (batch, SEQ), dtype=np.int64)}, None
+    )
 
 
 def train(
@@ -63,12 +66,16 @@ def train(
         optimizer,
         config,
         start=start,
-        batch=lambda step: rows(step, config.batch),
+        work=lambda step: rows(step, config.batch),
         done=events.append,
         stop=lambda: stop_after is not None and len(events) >= stop_after,
     )
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     return weights, {name: value.clone() for name, value in capture(model, raw).items()}, events
+
+
+def alone(document: np.ndarray) -> Work:
+    return next_tokens({"input_ids": document[None]}, None)
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -79,19 +86,19 @@ def test_accumulation_does_not_change_the_gradient(accelerator: Accelerator) -> 
     grads, losses = [], []
     for parts in (1, 2, 4, 8):
         model = accelerator.prepare(tiny_model())
-        loss, tokens = accumulate_gradients(accelerator, model, rows(0), parts)
+        loss = accumulate_gradients(accelerator, model, rows(0), parts)
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         losses.append(loss.item())
-        assert tokens == 8 * (SEQ - 1)
+        assert rows(0).tokens == 8 * (SEQ - 1)
     for grad, loss in zip(grads, losses, strict=True):
         torch.testing.assert_close(grad, grads[0], rtol=1e-6, atol=1e-6)
         assert loss == pytest.approx(losses[0], abs=1e-6)
 
 
 def test_the_loss_is_what_transformers_computes(accelerator: Accelerator) -> None:
-    model, ids = tiny_model().train(), torch.from_numpy(rows(0).input_ids)
+    model, ids = tiny_model().train(), torch.from_numpy(rows(0).inputs["input_ids"])
     expected = model(input_ids=ids, labels=ids).loss.item()
-    loss, _ = accumulate_gradients(accelerator, model, rows(0), 4)
+    loss = accumulate_gradients(accelerator, model, rows(0), 4)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -102,12 +109,11 @@ def test_documents_in_one_row_are_as_good_as_a_row_each(accelerator: Accelerator
     assert keeps_apart(model, SEQ)
     total, tokens = torch.zeros(()), sum(len(document) - 1 for document in documents)
     for document in documents:
-        loss, own = accumulate_gradients(accelerator, model, Batch(document[None]), 1)
-        total += loss * own / tokens
+        total += accumulate_gradients(accelerator, model, alone(document), 1) * (len(document) - 1) / tokens
     grads = []
     for document in documents:  # the mean over all tokens, one row at a time
         model.zero_grad()
-        accumulate_gradients(accelerator, model, Batch(document[None]), 1)
+        accumulate_gradients(accelerator, model, alone(document), 1)
         own = torch.cat([p.grad.flatten() for p in model.parameters()])
         grads.append(own * (len(document) - 1) / tokens)
     ids, positions = np.full((3, SEQ), 1), np.zeros((3, SEQ), np.int64)
@@ -121,8 +127,9 @@ def test_documents_in_one_row_are_as_good_as_a_row_each(accelerator: Accelerator
             at += len(document)
         positions[row, at:] = np.arange(SEQ - at)
     model.zero_grad()
-    packed, predicted = accumulate_gradients(accelerator, model, Batch(ids, positions, None, learned), 3)
-    assert predicted == tokens
+    work = next_tokens({"input_ids": ids, "position_ids": positions}, learned)
+    packed = accumulate_gradients(accelerator, model, work, 3)
+    assert work.counted == tokens
     assert packed.item() == pytest.approx(total.item(), abs=1e-5)
     torch.testing.assert_close(
         torch.cat([p.grad.flatten() for p in model.parameters()]), torch.stack(grads).sum(0), rtol=1e-5, atol=1e-6
@@ -151,7 +158,7 @@ def test_a_stop_inside_a_step_drops_that_step(accelerator: Accelerator) -> None:
     random_state = torch.get_rng_state()
     polls = iter([False, False, False, True])
     reached = run_steps(
-        accelerator, prepared, optimizer, config, start=0, batch=rows, done=lambda _: None, stop=lambda: next(polls)
+        accelerator, prepared, optimizer, config, start=0, work=rows, done=lambda _: None, stop=lambda: next(polls)
     )
     assert reached == 0
     assert equal(dict(model.state_dict()), before)
@@ -167,7 +174,7 @@ def test_nothing_is_applied_when_the_loss_is_not_finite(accelerator: Accelerator
     prepared, optimizer = accelerator.prepare(model, raw)
     before = model.model.layers[0].mlp.up_proj.weight.clone()
     with pytest.raises(Diverged, match="loss became nan at step 3"):
-        run_steps(accelerator, prepared, optimizer, config, start=2, batch=rows, done=lambda _: None)
+        run_steps(accelerator, prepared, optimizer, config, start=2, work=rows, done=lambda _: None)
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
 
 
@@ -190,7 +197,7 @@ def test_it_learns(accelerator: Accelerator) -> None:
         optimizer,
         config,
         start=0,
-        batch=lambda step: rows(0),
+        work=lambda step: rows(0),
         done=lambda event: losses.append(event.loss),
     )
     assert losses[-1] < losses[0] / 2

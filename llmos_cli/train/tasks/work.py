@@ -1,0 +1,56 @@
+"""What one optimizer step computes, as plain arrays: what goes into the model, what should come out, and by how much
+the summed loss is divided. A task makes it out of a dataset's batch; the loop divides and counts it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+IGNORED: Final = -100  # a target that nothing is asked of
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows first in every array. `targets` are token or label ids, shaped as the logits without their last axis, or
+    scores (float32). The loss is the sum over those that are not IGNORED by `counted`, the number of them in the whole
+    step, so that neither parts nor ranks change it. `tokens` is what the step is said to have gone through.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    targets: np.ndarray
+    counted: int
+    tokens: int
+    options: Mapping[str, Any] = field(default_factory=dict)  # for the model, the same for every part
+
+    def parts(self, number: int, device: torch.device) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """The rows in so many runs of equal length, on `device`: inputs and targets."""
+        inputs = {name: torch.from_numpy(value).to(device).chunk(number) for name, value in self.inputs.items()}
+        targets = torch.from_numpy(self.targets).to(device).chunk(number)
+        return [({name: split[at] for name, split in inputs.items()}, part) for at, part in enumerate(targets)]
+
+
+class Task(Protocol):
+    """A split of a dataset as work: `count` rows or examples, of `longest` tokens at most."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def longest(self) -> int: ...
+
+    def work(self, slot: int, indices: np.ndarray) -> Work:
+        """The work of the rows at `indices`, which are the run's `slot`-th and following, counted from 0."""
+        ...
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum over all targets that count, in float32: cross-entropy of ids, squared error of scores."""
+    if targets.is_floating_point():
+        return functional.mse_loss(logits.float().reshape(-1), targets.reshape(-1), reduction="sum")
+    return functional.cross_entropy(
+        logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=IGNORED, reduction="sum"
+    )
