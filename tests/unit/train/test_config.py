@@ -110,7 +110,6 @@ def test_saving_more_often_is_not_part_of_the_recipe() -> None:
         (b'{"vocab_size": 3}', UsageError),
         (b'{"model_type": "x", "auto_map": {"AutoModel": "evil.py"}}', Unsafe),
         (b'{"model_type": "x", "quantization_config": {"bits": 4}}', UsageError),
-        (b'{"model_type": "t5", "is_encoder_decoder": true}', UsageError),
         (b'{"model_type": "x", "model_type": "y"}', UsageError),
     ],
 )
