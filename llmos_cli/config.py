@@ -25,6 +25,13 @@ class GcConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """`cache_gb`: how much of what is streamed from remotes is kept near."""
+
+    cache_gb: float = 16.0
+
+
+@dataclass(frozen=True)
 class Config:
     """`remotes` maps a remote's name to its URL, `trust` the name of whoever signs refs to a public key;
     `require_signed` are the remotes ("*": all) from which only signed refs are pulled."""
@@ -33,6 +40,7 @@ class Config:
     remotes: Mapping[str, str] = field(default_factory=dict)
     trust: Mapping[str, str] = field(default_factory=dict)
     require_signed: tuple[str, ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 def parse_config(text: str, where: str) -> Config:
@@ -41,12 +49,9 @@ def parse_config(text: str, where: str) -> Config:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise UsageError(f"{where} is not valid TOML: {exc}") from exc
-    _known(table, ("gc", "remotes", "require_signed", "trust"), where)
-    gc = _section(table, "gc", where)
-    _known(gc, [item.name for item in fields(GcConfig)], f"{where} [gc]")
-    for key, value in gc.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
-            raise UsageError(f"{where} [gc] {key} must be a number of at least 0")
+    _known(table, ("gc", "data", "remotes", "require_signed", "trust"), where)
+    gc = _numbers(table, "gc", GcConfig, where)
+    data = _numbers(table, "data", DataConfig, where)
     remotes = _section(table, "remotes", where)
     for name, url in remotes.items():
         if not isinstance(url, str) or not url:
@@ -59,13 +64,16 @@ def parse_config(text: str, where: str) -> Config:
     if not isinstance(signed, list) or not all(isinstance(name, str) for name in signed):
         raise UsageError(f"{where}: 'require_signed' must be a list of remotes' names")
     _known(dict.fromkeys(signed), (*remotes, "*"), f"{where} require_signed")
-    return Config(GcConfig(**{key: float(value) for key, value in gc.items()}), remotes, trust, tuple(signed))
+    return Config(GcConfig(**gc), remotes, trust, tuple(signed), DataConfig(**data))
 
 
 def render_config(config: Config) -> str:
     """The text of a `config.toml` that reads back as `config`."""
     lines = [f"require_signed = [{', '.join(map(_quote, config.require_signed))}]", ""] if config.require_signed else []
-    lines += ["[gc]", f"grace_hours = {config.gc.grace_hours}", f"keep_days = {config.gc.keep_days}", "", "[remotes]"]
+    lines += ["[gc]", f"grace_hours = {config.gc.grace_hours}", f"keep_days = {config.gc.keep_days}", ""]
+    if config.data != DataConfig():
+        lines += ["[data]", f"cache_gb = {config.data.cache_gb}", ""]
+    lines += ["[remotes]"]
     lines += [f"{_quote(name)} = {_quote(url)}" for name, url in sorted(config.remotes.items())]
     if config.trust:
         lines += ["", "[trust]", *(f"{_quote(name)} = {_quote(key)}" for name, key in sorted(config.trust.items()))]
@@ -85,6 +93,15 @@ def _section(table: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"{where}: {key!r} must be a table")
     return value
+
+
+def _numbers(table: Mapping[str, Any], key: str, of: type[Any], where: str) -> dict[str, float]:
+    found = _section(table, key, where)
+    _known(found, [item.name for item in fields(of)], f"{where} [{key}]")
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
+            raise UsageError(f"{where} [{key}] {name} must be a number of at least 0")
+    return {name: float(value) for name, value in found.items()}
 
 
 def _quote(text: str) -> str:

@@ -64,6 +64,7 @@ def eval(  # noqa: A001 - the verb is called so
       llmos eval tiny-int4 --data web --against tiny --max-ppl-ratio 1.02
     """
     from llmos_cli.quantize.quality import evaluate
+    from llmos_cli.remote.exchange.anywhere import resolve_streamed
     from llmos_cli.store.refs.resolve import resolve
 
     here = session(ctx)
@@ -76,7 +77,7 @@ def eval(  # noqa: A001 - the verb is called so
         _compare(here, ref, against, data, max_rows or COMPARED_ROWS, max_ppl_ratio, named)
         return
     with here.open_store() as store:
-        model, dataset = resolve(store, ref), resolve(store, data)
+        model, dataset = resolve(store, ref), resolve_streamed(store, data)
         target = named or _default_name(model)
         found = evaluate(
             store,

@@ -67,7 +67,7 @@ def show(
       llmos show web --document 1041 --split valid
       llmos show nas/tiny:v1 --tensors
     """
-    from llmos_cli.remote.exchange.anywhere import resolve_anywhere, signers_of, split_remote
+    from llmos_cli.remote.exchange.anywhere import resolve_anywhere, resolve_streamed, signers_of, split_remote
     from llmos_cli.store.inspect.census import footprints, take_census
     from llmos_cli.store.inspect.digests import sha256_files
     from llmos_cli.store.packs.objects import read_manifest
@@ -77,7 +77,8 @@ def show(
     if sha256 and (parts := split_remote(ref)):
         raise UsageError("--sha256 reads every byte, and those are not here", hint=f"llmos pull {parts[0]} {parts[1]}")
     with here.open_store() as store:
-        source = resolve_anywhere(store, ref, here.cwd)
+        looks_inside = sample is not None or document is not None
+        source = resolve_streamed(store, ref) if looks_inside else resolve_anywhere(store, ref, here.cwd)
         manifest = read_manifest(store, source.id)
         made_from = manifest.recipe.inputs.values() if manifest.recipe else ()
         labels = ref_labels(store, [source.id, *made_from])

@@ -10,10 +10,11 @@ from importlib.metadata import version
 from typing import Final
 
 from llmos_cli import __version__
-from llmos_cli.errors import Damaged, UsageError
+from llmos_cli.errors import Damaged, NotFound, UsageError
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest, Recipe, recipe_key
 from llmos_cli.formats.names import RefName, parse_ref
+from llmos_cli.remote.exchange.anywhere import resolve_streamed
 from llmos_cli.store.leases import hold_alone
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_manifest
@@ -115,9 +116,11 @@ def make_plan(
     found = read_checkpoint(store, checkpoint_ref)
     recorded = _recorded(found, checkpoint_ref) if found and resume else None
 
-    data_id = resolve(store, data).id if data else recorded.data if recorded else None
+    data_id = resolve_streamed(store, data, near="tokenizer/").id if data else recorded.data if recorded else None
     if data_id is None:
         raise UsageError("--data is missing", hint="make a dataset with: llmos shard TEXT... NAME")
+    if not data and not store.index.locate(data_id):
+        raise NotFound(f"dataset @{data_id.short} is not in this store", hint="say where it is: --data REMOTE/REF")
     model_id = resolve(store, model).id if model else None
     if recorded and model is None and options.depth is None and options.config is None:
         model_id = recorded.model

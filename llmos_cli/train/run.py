@@ -30,7 +30,7 @@ from llmos_cli.train.plan import STATE_FOLDER, Plan
 from llmos_cli.train.result import Trained, publish_model
 from llmos_cli.train.saver import Saved, Saver
 from llmos_cli.train.signals import stop_flag
-from llmos_cli.train.tasks.opened import head_for, open_task, task_of
+from llmos_cli.train.tasks.opened import head_for, open_task, reading_ahead, task_of
 
 _SMOOTHING = 0.9  # of the rate shown while training
 
@@ -80,7 +80,7 @@ def run(
         device = describe(accelerator.device)
         started(Started(type(model).__name__, parameters, tokens, device, position.step, built.new))
 
-        with stop_flag() as flag, _reporter(store, plan, progress) as reporter, saver:
+        with stop_flag() as flag, _reporter(store, plan, progress) as reporter, saver, reading_ahead(task, order):
 
             def done(event: StepDone) -> None:
                 nonlocal position

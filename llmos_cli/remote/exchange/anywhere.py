@@ -74,6 +74,18 @@ def resolve_anywhere(store: Store, text: str, cwd: Path) -> Found:
     return Found(oid, ref, parse_target(parts[1]).ref, view, seen)
 
 
+def resolve_streamed(store: Store, text: str, *, near: str = "") -> Found:
+    """As `resolve_anywhere`, for a command that reads much of what it names: through a bounded cache on this disk, from
+    a remote that may fail for a while. Files below the folder `near` are fetched, so that what is made can hold them.
+    """
+    found = resolve_anywhere(store, text, store.root)
+    if found.view:
+        from llmos_cli.remote.exchange.streamed import stream_from
+
+        stream_from(found.view, found.id, near)
+    return found
+
+
 def history(store: Store, found: Found) -> list[RefEntry]:
     """The moves of the ref that was named, newest first; none where an id was."""
     if found.view:

@@ -1,6 +1,8 @@
 """From a dataset and the model that is trained on it to a task."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any, Final
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -8,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llmos_cli.data.batches import TokenRows
 from llmos_cli.data.examples import Examples
 from llmos_cli.data.layout import Split
+from llmos_cli.data.order import Order
 from llmos_cli.errors import Damaged, UsageError
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models.heads import Head
@@ -70,6 +73,17 @@ def open_task(
     if not apart:
         progress.warn(f"{type(model).__name__} sees the documents before in a row: it takes no notice of positions")
     return LanguageTask(rows, apart)
+
+
+@contextmanager
+def reading_ahead(task: Task, order: Order) -> Iterator[None]:
+    """Read the rows of a task before they are asked for, in this order."""
+    if not isinstance(task, LanguageTask | MaskedTask):
+        yield
+        return
+    order.tell(task.rows.expect)
+    with closing(task.rows):
+        yield
 
 
 def pad_id(data: Manifest) -> int:
