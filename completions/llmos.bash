@@ -8,7 +8,7 @@ _llmos_spec() {
         "")
             opts=(--store --json --quiet -q --verbose -v --version --help -h)
             valued=(--store)
-            verbs=(init add checkout ls show log diff tag rm du gc fsck push pull clone backup restore shard train eval quantize export serve generate doctor completion demo remote)
+            verbs=(init add checkout ls show log diff tag rm du gc fsck push pull clone backup restore shard train tune eval quantize export serve generate doctor completion demo remote)
             ;;
         "init")
             opts=(--store --json --quiet -q --verbose -v --help -h)
@@ -112,6 +112,11 @@ _llmos_spec() {
             valued=(--data --model --depth --config --steps --batch --lr --precision --save-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --store)
             places=(refs)
             ;;
+        "tune")
+            opts=(--data --model --valid --split --trials --jobs --pruner --store --json --quiet -q --verbose -v --help -h)
+            valued=(--data --model --valid --split --trials --jobs --pruner --store)
+            places=(refs files)
+            ;;
         "eval")
             opts=(--data --max-rows --batch --split --against --max-ppl-ratio --name --store --json --quiet -q --verbose -v --help -h)
             valued=(--data --max-rows --batch --split --against --max-ppl-ratio --name --store)
@@ -212,15 +217,16 @@ _llmos_spec() {
 _llmos_value() {
     kind=
     case "$1 $2" in
-        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "eval --store" | "quantize --store" | "export --to" | "export --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
-        "add --base" | "pull --as" | "shard --labels-from" | "shard --mix" | "train --data" | "train --model" | "eval --data" | "eval --against" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
+        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "tune --store" | "eval --store" | "quantize --store" | "export --to" | "export --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
+        "add --base" | "pull --as" | "shard --labels-from" | "shard --mix" | "train --data" | "train --model" | "tune --data" | "tune --model" | "tune --valid" | "eval --data" | "eval --against" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
         "checkout --oms" | "tag --sign" | "tag --new-key" | "train --config") kind=files ;;
         "gc --remote") kind=remotes ;;
         "fsck --from") kind="remotes dirs" ;;
         "shard --tokenizer") kind="refs dirs" ;;
         "shard --dedup") kind="words exact near" ;;
         "train --precision") kind="words fp32 bf16" ;;
-        "eval --split") kind="words train valid test" ;;
+        "tune --split" | "eval --split") kind="words train valid test" ;;
+        "tune --pruner") kind="words median hyperband none" ;;
         "quantize --scheme") kind="words int8 int4 w8a8 fp8" ;;
         "quantize --group") kind="words 32 64 128" ;;
         "quantize --method") kind="words gptq search rtn" ;;

@@ -55,6 +55,7 @@ GROUPS: Final = {
     "make": {
         "shard": "Turn text into token shards to train on.",
         "train": "Train a causal language model on a dataset.",
+        "tune": "Search for the options of train that give the least loss.",
         "eval": "Measure a model's perplexity on a dataset and keep the report.",
         "quantize": "Make a model smaller and say what that costs in quality.",
         "export": "Write a model as transformers, vLLM or llama.cpp load it.",
