@@ -32,8 +32,9 @@ def quantize(
         str | None,
         typer.Option(
             "--method",
-            metavar="gptq|search|rtn",
-            help="Of int4: calibrated on data, the best scales without data, or plain rounding.  [default: gptq]",
+            metavar="gptq|search|hqq|rtn",
+            help="Of int4: calibrated on data; or, without, scales for the least error or the robust one, or plain "
+            "rounding.  [default: gptq]",
         ),
     ] = None,
     data: Annotated[

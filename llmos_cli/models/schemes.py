@@ -7,7 +7,7 @@ the modules of those classes that stay as they were.
 | form | tensors of a module X | value |
 |---|---|---|
 | int8, w8a8 | `X.weight` I8 [rows, columns], `X.weight_scale` [rows, 1] | weight * scale |
-| int4 | `X.weight_packed` I32 [rows, columns / 8], `X.weight_scale` [rows, columns / group], `X.weight_shape` I64 [2] | (nibble - 8) * scale, lowest nibble first |
+| int4 | `X.weight_packed` I32 [rows, columns / 8], `X.weight_scale` [rows, columns / group], `X.weight_shape` I64 [2] | (nibble - 8) * scale, lowest nibble first; a scale may be negative |
 | fp8 | `X.weight` F8_E4M3 [rows, columns], `X.weight_scale` [rows, 1] | weight * scale |
 
 w8a8 and fp8 also quantize what goes into a layer, token by token, while it computes. Tied modules share the weight and

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 SCHEMES: Final = ("int8", "int4", "w8a8", "fp8")
-METHODS: Final = ("rtn", "search", "gptq")
+METHODS: Final = ("rtn", "search", "hqq", "gptq")
 DEFAULT_GROUP: Final = 32
 CALIBRATION_ROWS: Final = 128
 
@@ -136,7 +136,7 @@ def _make(tx: Transaction, manifest: Manifest, recipe: Recipe, request: Request,
 def _recipe(source: ObjectId, request: Request) -> Recipe:
     params: dict[str, Json] = {"scheme": request.form.name}
     if request.form.group:
-        params |= {"group": request.form.group, "method": request.method}
+        params |= {"group": request.form.group, "method": request.method, "version": 2}  # 1 had no negative scales
     inputs = {"model": source}
     if request.data is not None:
         params["rows"] = request.rows

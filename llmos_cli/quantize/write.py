@@ -8,6 +8,7 @@ calibrated, of them.
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import torch
@@ -42,7 +43,7 @@ _WEIGHT_FILES: Final = (
 
 Rounding = Callable[[torch.Tensor, int, torch.dtype], Grid]
 """From rows of a weight, a group's size and the dtype of scales to values of four bits."""
-ROUNDINGS: Final[dict[str, Rounding]] = {"rtn": grid.rtn, "search": grid.search}
+ROUNDINGS: Final[dict[str, Rounding]] = {"rtn": grid.rtn, "search": grid.search, "hqq": grid.hqq}
 Calibrated = Callable[[str], Grid | None]
 """The values of a stored tensor that were found by its layer's inputs, if they were."""
 
@@ -63,8 +64,8 @@ def write_quantized(
     Raises Damaged naming the tensor for a weight that is NaN or infinite.
     """
     store = tx.store
-    with progress.task("quantizing", total=plan.bytes_before) as task, _one_thread():
-        weights = tx.add_tensors(WEIGHTS_FILE, _tensors(store, plan, rounding, calibrated, task))
+    with progress.task("quantizing", total=plan.bytes_before) as task, _threads() as pool:
+        weights = tx.add_tensors(WEIGHTS_FILE, _tensors(store, plan, rounding, calibrated, pool, task))
     config = tx.add_bytes(CONFIG_FILE, _config(store, source, plan))
     meta: dict[str, Json] = {
         "scheme": asked.name,
@@ -79,12 +80,13 @@ def write_quantized(
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Blocks are too small to be divided, and the other cores encode what is done."""
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch would use, for a block of rows each: blocks are too small to be divided."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with ThreadPoolExecutor(before, thread_name_prefix="llmos-quantize") as pool:
+            yield pool
     finally:
         torch.set_num_threads(before)
 
@@ -106,7 +108,7 @@ def _companions(manifest: Manifest) -> list[FileEntry]:
 
 
 def _tensors(
-    store: Store, plan: QuantizePlan, rounding: Rounding, calibrated: Calibrated, task: Task
+    store: Store, plan: QuantizePlan, rounding: Rounding, calibrated: Calibrated, pool: ThreadPoolExecutor, task: Task
 ) -> Sequence[Tensor]:
     readers: dict[str, FileReader] = {}
 
@@ -115,7 +117,7 @@ def _tensors(
 
     tensors = [_kept(reader(entry), info, task) for entry, info in plan.kept.values()]
     for item in plan.quantized.values():
-        tensors += _Source(reader(item.entry), item, rounding, calibrated, task).tensors()
+        tensors += _Source(reader(item.entry), item, rounding, calibrated, pool, task).tensors()
     return tensors
 
 
@@ -132,12 +134,18 @@ class _Source:
     """One weight and its scales, to be asked for in this order: what the weight leaves behind are the scales only."""
 
     def __init__(
-        self, reader: FileReader, item: Quantized, rounding: Rounding, calibrated: Calibrated, task: Task
+        self,
+        reader: FileReader,
+        item: Quantized,
+        rounding: Rounding,
+        calibrated: Calibrated,
+        pool: ThreadPoolExecutor,
+        task: Task,
     ) -> None:
         self._reader = reader
         self._item = item
         self._rounding, self._calibrated = rounding, calibrated
-        self._task = task
+        self._pool, self._task = pool, task
         self._scale = torch.empty(0)
 
     def tensors(self) -> list[Tensor]:
@@ -174,7 +182,9 @@ class _Source:
         scale = torch.empty(item.rows, groups, dtype=kept)
         whole = read_tensor(self._reader, item.info).t() if item.transposed else None
         step = max(1, _BLOCK_BYTES // (item.columns * TORCH_DTYPES[item.info.dtype].itemsize))
-        for first in range(0, item.rows, step):
+
+        @torch.inference_mode()  # a property of the thread
+        def one(first: int) -> None:
             last = min(first + step, item.rows)
             block = self._rows(first, last) if whole is None else whole[first:last]
             if form.packed:
@@ -182,6 +192,9 @@ class _Source:
                 weight[first:last], scale[first:last] = pack_nibbles(found.values), found.scale
             else:
                 weight[first:last], scale[first:last] = _TO_ROWS[form.kind](block)
+
+        for _ in self._pool.map(one, range(0, item.rows, step)):
+            pass
         _finite(scale, item.info.name)
         return weight, scale
 
