@@ -85,6 +85,18 @@ def train(
     weight_decay: Annotated[
         float | None, typer.Option("--weight-decay", metavar="X", help="Of matrices, in AdamW.  [default: 0.1]")
     ] = None,
+    skip_steps: Annotated[
+        str | None,
+        typer.Option("--skip-steps", metavar="A-B", help="Pass over these steps, around a loss that is not a number."),
+    ] = None,
+    fork: Annotated[
+        str | None,
+        typer.Option("--fork", metavar="RUN@STEP", help="Go on from a checkpoint of another run, under this name."),
+    ] = None,
+    allow: Annotated[
+        str | None,
+        typer.Option("--allow", metavar="data,config", help="What may differ from the checkpoint when resuming."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from NAME:checkpoint; options not given are taken from it.")
     ] = False,
@@ -93,14 +105,15 @@ def train(
 
     A checkpoint is one atomic commit. Ctrl-C commits one and exits with 130; after that, or after a crash, --resume
     goes on and ends in the same id as a run that was never stopped. The same inputs and options give the same model,
-    at once.
+    at once. --fork copies nothing; besides RUN@STEP it takes a run (its newest checkpoint), REF~N and @ID.
 
     Examples:
       llmos train tiny --data web --depth 4 --steps 500 --batch 16
       llmos train tiny --resume
+      llmos train tiny2 --fork tiny@200 --lr 1e-4
       llmos train tuned --data notes --model tiny --steps 100 --lr 1e-4 --precision bf16
     """
-    from llmos_cli.train.config import Options, Retention, parse_model_config
+    from llmos_cli.train.config import Options, Retention, parse_allowed, parse_model_config, parse_spans
     from llmos_cli.train.plan import hold_run, make_plan
     from llmos_cli.train.result import publish_model, use_made
 
@@ -117,11 +130,21 @@ def train(
         weight_decay=weight_decay,
         depth=depth,
         config=None if config is None else parse_model_config(_read(config), str(config)),
+        skip_steps=None if skip_steps is None else parse_spans(skip_steps),
     )
     keep = Retention(keep_last, keep_every, keep_best)
     with here.open_store() as store, hold_run(store, name):
         plan = make_plan(
-            store, name, data=data, model=model, options=options, save_every=save_every, keep=keep, resume=resume
+            store,
+            name,
+            data=data,
+            model=model,
+            options=options,
+            save_every=save_every,
+            keep=keep,
+            resume=resume,
+            fork=fork,
+            allow=() if allow is None else parse_allowed(allow),
         )
         for note in plan.notes:
             here.out.say(note)
@@ -161,7 +184,8 @@ def _say_start(out: "Output", plan: "Plan", event: "Started") -> None:
     if event.new:
         out.say(f"new weights, drawn by the seed: {', '.join(event.new)}")
     if event.start:
-        out.say(f"going on from step {count(event.start)} ({plan.checkpoint_ref})")
+        assert plan.resume is not None
+        out.say(f"going on from step {count(event.start)} ({plan.resume.label})")
 
 
 def _say_saved(out: "Output", plan: "Plan", event: "Saved") -> None:

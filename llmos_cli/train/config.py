@@ -5,6 +5,7 @@ often work is saved (`--save-every`) is not in here. Stdlib only: it knows nothi
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -14,6 +15,8 @@ from llmos_cli.formats import canonical
 from llmos_cli.formats.canonical import Json
 
 PRECISIONS: Final = ("fp32", "bf16")
+SKIPPED: Final = "skip_steps"
+ALLOWED: Final = ("data", "config")  # in what a resumed run may differ from its checkpoint, if it is said
 METRICS: Final = ("loss",)  # what --keep-best can go by
 DEFAULT_DEPTH: Final = 2
 LR_FROM_SCRATCH: Final = 1e-3
@@ -22,6 +25,9 @@ MOST_STEPS: Final = 1_000_000_000
 MOST_ROWS: Final = 1_000_000  # rows of a global batch
 MOST_DEPTH: Final = 128
 SEEDS: Final = 2**32  # numpy's seeds end here
+_SPAN = re.compile(r"(?P<first>[0-9]{1,10})(?:-(?P<last>[0-9]{1,10}))?\Z")
+
+Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,13 @@ class Options:
     weight_decay: float | None = None
     depth: int | None = None
     config: Mapping[str, Json] | None = None
+    skip_steps: Spans | None = None
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The resolved configuration of a run; `depth` and `config` are None when it starts from a model ref."""
+    """The resolved configuration of a run; `depth` and `config` are None when it starts from a model ref. `skip_steps`
+    are runs of steps, from the first to the last counted from 1, that are passed over."""
 
     steps: int
     batch: int
@@ -56,6 +64,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     depth: int | None = None
     config: Mapping[str, Json] | None = None
+    skip_steps: Spans = ()
 
     def __post_init__(self) -> None:
         _whole("--steps", self.steps, 1, MOST_STEPS)
@@ -65,6 +74,11 @@ class TrainConfig:
         _whole("--warmup", self.warmup, 0, self.steps)
         if self.depth is not None:
             _whole("--depth", self.depth, 1, MOST_DEPTH)
+        for first, last in self.skip_steps:
+            _whole("--skip-steps", first, 1, self.steps)
+            _whole("--skip-steps", last, first, self.steps)
+        if self.skip_steps == ((1, self.steps),):
+            raise UsageError(f"--skip-steps passes over all {self.steps:,} steps", hint="leave some to take")
         _number("--lr", self.lr, positive=True)
         _number("--clip", self.clip, positive=False)
         _number("--weight-decay", self.weight_decay, positive=False)
@@ -102,7 +116,13 @@ class TrainConfig:
             table["depth"] = self.depth
         if self.config is not None:
             table["config"] = dict(self.config)
+        if self.skip_steps:
+            table[SKIPPED] = [list(span) for span in self.skip_steps]
         return table
+
+    def skips(self, step: int) -> bool:
+        """Whether a step, counted from 1, is passed over."""
+        return any(first <= step <= last for first, last in self.skip_steps)
 
 
 @dataclass(frozen=True)
@@ -134,9 +154,50 @@ def from_params(params: Mapping[str, Json], seed: int | None, what: str) -> Trai
     if set(table) - known or seed is None:
         raise Damaged(f"{what} does not hold the parameters of a training run")
     try:
+        if SKIPPED in table:
+            table[SKIPPED] = tuple((first, last) for first, last in table[SKIPPED])
         return TrainConfig(**table, seed=seed)
-    except (TypeError, UsageError) as exc:
+    except (TypeError, ValueError, UsageError) as exc:
         raise Damaged(f"{what} does not hold the parameters of a training run: {exc}") from exc
+
+
+def parse_spans(text: str) -> Spans:
+    """Read --skip-steps: "7", "7-9" or several of these with commas between them."""
+    spans = []
+    for part in text.split(","):
+        match = _SPAN.match(part.strip())
+        if not match:
+            raise UsageError(f"--skip-steps {text} is not A-B", hint="write the steps from A to B as in 120-140")
+        first, last = int(match["first"]), int(match["last"] or match["first"])
+        if first > last:
+            raise UsageError(f"--skip-steps {part.strip()} ends before it begins", hint=f"write {last}-{first}")
+        spans.append((first, last))
+    return merged(tuple(spans))
+
+
+def merged(spans: Spans) -> Spans:
+    """The same steps in order, in as few runs as it takes."""
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if found and first <= found[-1][1] + 1:
+            found[-1] = (found[-1][0], max(found[-1][1], last))
+        else:
+            found.append((first, last))
+    return tuple(found)
+
+
+def clipped(spans: Spans, step: int) -> Spans:
+    """Of these steps those up to `step`."""
+    return tuple((first, min(last, step)) for first, last in spans if first <= step)
+
+
+def parse_allowed(text: str) -> tuple[str, ...]:
+    """Read --allow: "data", "config" or both with a comma between them."""
+    words = tuple(word.strip() for word in text.split(","))
+    for word in words:
+        if word not in ALLOWED:
+            raise UsageError(f"--allow {word} is not offered", hint=f"use --allow {','.join(ALLOWED)} or one of them")
+    return words
 
 
 def resolve(options: Options, *, from_model: bool, recorded: TrainConfig | None = None) -> TrainConfig:
@@ -151,6 +212,8 @@ def resolve(options: Options, *, from_model: bool, recorded: TrainConfig | None 
         kept = {field.name: getattr(recorded, field.name) for field in fields(recorded)}
         if source:
             kept |= {"depth": None, "config": None}
+        if options.skip_steps is not None:
+            given[SKIPPED] = merged(recorded.skip_steps + options.skip_steps)
         return TrainConfig(**(kept | given))
     if not source:
         given["depth"] = DEFAULT_DEPTH
@@ -205,7 +268,7 @@ def differences(asked: TrainConfig, recorded: TrainConfig) -> list[str]:
         if ours != theirs:
             found.append(
                 field.name
-                if isinstance(ours, Mapping) or isinstance(theirs, Mapping)
+                if isinstance(ours, Mapping | tuple) or isinstance(theirs, Mapping | tuple)
                 else f"{field.name} ({ours} asked, {theirs} in the checkpoint)"
             )
     return found

@@ -78,6 +78,8 @@ def run_steps(
     for step in range(start, config.steps):
         if stop():
             return step
+        if config.skips(step + 1):
+            continue
         began = time.perf_counter()
         random_state = capture_random_state()
         asked = work(step)

@@ -3,14 +3,14 @@
 Whatever can be refused is refused here, in the time it takes to read a few small objects.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Final
 
 from llmos_cli import __version__
-from llmos_cli.errors import Damaged, NotFound, UsageError
+from llmos_cli.errors import NotFound, UsageError
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest, Recipe, recipe_key
 from llmos_cli.formats.names import RefName, parse_ref
@@ -22,37 +22,30 @@ from llmos_cli.store.refs.recipes import find_made
 from llmos_cli.store.refs.refs import read_ref, ref_names
 from llmos_cli.store.refs.resolve import resolve
 from llmos_cli.train.config import (
+    ALLOWED,
+    SKIPPED,
     Options,
     Retention,
     TrainConfig,
     check_save_every,
+    clipped,
     default_save_every,
     differences,
     from_params,
 )
 from llmos_cli.train.config import resolve as resolve_config
 from llmos_cli.train.inputs import check_dataset, check_parent, check_sizes, tokenizer_file
+from llmos_cli.train.origin import CHECKPOINT_TAG, Checkpoint, find_checkpoint, read_checkpoint
 
-CHECKPOINT_TAG: Final = "checkpoint"
 BEST_TAG: Final = "best"
 STEP_TAG: Final = "step-"
 STATE_FOLDER: Final = "training"  # in a checkpoint, what a finished model leaves behind
-STEP_PARAM: Final = "at_step"  # in a checkpoint's recipe, what tells it from the finished model's
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint of some run."""
-
-    id: ObjectId
-    manifest: Manifest
-    recipe: Recipe  # as of the finished model: without the step
-    step: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A training run, ready to start. `resume` is where it continues; `made` is the result if it exists already."""
+    """A training run, ready to start. `resume` is where it continues; `made` is the result if it exists already.
+    `origin` is the checkpoint of another run that it was to begin with."""
 
     target: RefName
     checkpoint_ref: RefName
@@ -68,11 +61,14 @@ class Plan:
     made: ObjectId | None
     notes: tuple[str, ...]
     keep: Retention
+    origin: Checkpoint | None = None
 
     @property
     def key(self) -> str:
-        """Names the run in logs and leases; tools do not count, so an upgrade keeps the run."""
-        return recipe_key(_without_tools(self.recipe)).short
+        """Names the run in logs and leases. Tools do not count, so an upgrade keeps the run; nor does what was passed
+        over, so its curve goes on."""
+        params = {key: value for key, value in self.recipe.params.items() if key != SKIPPED}
+        return recipe_key(replace(self.recipe, params=params, tools={})).short
 
     @property
     def label(self) -> str:
@@ -82,6 +78,11 @@ class Plan:
     @property
     def start(self) -> int:
         return self.resume.step if self.resume else 0
+
+    @property
+    def own(self) -> Checkpoint | None:
+        """The checkpoint of this very run that it continues from."""
+        return None if self.resume is self.origin else self.resume
 
     def is_saved(self, step: int) -> bool:
         """Whether a checkpoint is due after this step; the last one is always saved."""
@@ -104,8 +105,14 @@ def make_plan(
     save_every: int | None = None,
     keep: Retention | None = None,
     resume: bool = False,
+    fork: str | None = None,
+    allow: Collection[str] = (),
 ) -> Plan:
-    """Decide what to train; raises UsageError, NotFound, Unsafe or Damaged for what cannot be."""
+    """Decide what to train; raises UsageError, NotFound, Unsafe or Damaged for what cannot be.
+
+    With `fork` it begins with that checkpoint, optimizer and all, and takes from it what is not said. With `allow`
+    ("data", "config") a resumed run may differ in that from its checkpoint, and is a fork of it.
+    """
     target = parse_ref(name)
     if target.tag == CHECKPOINT_TAG:
         raise UsageError(f"{target} names the checkpoints of a run", hint=f"write {target.name}")
@@ -114,7 +121,11 @@ def make_plan(
     keep = keep or Retention()
     _check_kept(store, target.name, keep)
     found = read_checkpoint(store, checkpoint_ref)
-    recorded = _recorded(found, checkpoint_ref) if found and resume else None
+    origin = find_checkpoint(store, fork) if fork is not None else None
+    source = found if found and resume else origin
+    recorded = _recorded(source) if source else None
+    if origin and (model is not None or options.depth is not None or options.config is not None):
+        raise UsageError("--fork and --model, --depth or --config all say what to start from", hint="give one of them")
 
     data_id = resolve_streamed(store, data, near="tokenizer/").id if data else recorded.data if recorded else None
     if data_id is None:
@@ -138,15 +149,28 @@ def make_plan(
         check_sizes(config.config, "--config", dataset, data_label)
 
     inputs = {"data": data_id} | ({"model": model_id} if model_id is not None else {})
+    began_with = origin.id if origin else recorded.origin if recorded else None
+    if began_with is not None:
+        inputs["checkpoint"] = began_with
+    differs = _differences(config, inputs, found) if found is not None else []
+    notes = []
+    if found is not None and resume and differs and {what for what, _ in differs} <= set(allow):
+        notes.append(f"going on from {checkpoint_ref} with what is allowed: {'; '.join(text for _, text in differs)}")
+        origin, inputs["checkpoint"], differs = found, found.id, []
+    if origin:
+        check_parent(store, origin.manifest, origin.label, dataset, data_label)
+    if origin and origin.step >= config.steps:
+        raise UsageError(
+            f"{origin.label} holds step {origin.step:,}: there is nothing left of {config.steps:,} steps",
+            hint="give more --steps",
+        )
     recipe = Recipe("train", config.params(), inputs, (), config.seed, _tools())
     made = find_made(store, recipe)
-    notes = []
     if found is not None and made is None:
-        differs = _differences(config, inputs, found, checkpoint_ref)
         if resume and differs:
             raise UsageError(
-                f"{checkpoint_ref} belongs to another run: {'; '.join(differs)}",
-                hint="repeat that run's options, or start anew without --resume (the old checkpoint stays in the log)",
+                f"{checkpoint_ref} belongs to another run: {'; '.join(text for _, text in differs)}",
+                hint=_how_to_go_on(differs),
             )
         if differs:
             notes.append(f"{checkpoint_ref} is of another run, which stays in its log: llmos log {checkpoint_ref}")
@@ -160,7 +184,7 @@ def make_plan(
             notes.append(
                 f"{checkpoint_ref} was made by other versions: {_tool_changes(found.recipe.tools, recipe.tools)}"
             )
-    elif resume and made is None:
+    elif resume and made is None and not origin:
         notes.append(f"there is no {checkpoint_ref} yet: starting at step 0")
     return Plan(
         target,
@@ -173,40 +197,12 @@ def make_plan(
         model_id,
         parent,
         every,
-        None if made else found,
+        None if made else found or origin,
         made,
         tuple(notes),
         keep,
+        origin,
     )
-
-
-def read_checkpoint(store: Store, ref: RefName) -> Checkpoint | None:
-    """The checkpoint that `ref` points to; None if there is none, UsageError if it points to something else."""
-    entry = read_ref(store, ref)
-    if entry is None:
-        return None
-    manifest = read_manifest(store, entry.id)
-    recipe = manifest.recipe
-    if manifest.kind != "checkpoint" or recipe is None or recipe.command != "train":
-        raise UsageError(f"{ref} is not a training checkpoint but a {manifest.kind}", hint="choose another name")
-    params = dict(recipe.params)
-    step = params.pop(STEP_PARAM, None)
-    if type(step) is not int or step < 0:
-        raise Damaged(f"{ref} (@{entry.id.short}) does not say which step it holds")
-    return Checkpoint(entry.id, manifest, replace(recipe, params=params), step)
-
-
-def checkpoint_recipe(recipe: Recipe, step: int) -> Recipe:
-    """The recipe of the checkpoint at `step` of a run."""
-    return replace(recipe, params={**recipe.params, STEP_PARAM: step})
-
-
-def same_run(one: Recipe | None, other: Recipe) -> bool:
-    """Whether two recipes are of one run, at whatever step and by whatever versions."""
-    if one is None:
-        return False
-    parameters = [{key: value for key, value in recipe.params.items() if key != STEP_PARAM} for recipe in (one, other)]
-    return parameters[0] == parameters[1] and replace(one, params={}, tools={}) == replace(other, params={}, tools={})
 
 
 def tokenizer_source(plan: Plan) -> Manifest:
@@ -219,22 +215,39 @@ class _Recorded:
     config: TrainConfig
     data: ObjectId | None
     model: ObjectId | None
+    origin: ObjectId | None
 
 
-def _recorded(checkpoint: Checkpoint, ref: RefName) -> _Recorded:
+def _recorded(checkpoint: Checkpoint) -> _Recorded:
     recipe = checkpoint.recipe
-    config = from_params(recipe.params, recipe.seed, str(ref))
-    return _Recorded(config, recipe.inputs.get("data"), recipe.inputs.get("model"))
+    config = from_params(recipe.params, recipe.seed, checkpoint.label)
+    inputs = recipe.inputs
+    return _Recorded(config, inputs.get("data"), inputs.get("model"), inputs.get("checkpoint"))
 
 
-def _differences(config: TrainConfig, inputs: Mapping[str, ObjectId], found: Checkpoint, ref: RefName) -> list[str]:
+def _differences(config: TrainConfig, inputs: Mapping[str, ObjectId], found: Checkpoint) -> list[tuple[str, str]]:
+    """In what a run differs from the one of a checkpoint, each as what it is ("config" for any setting) and in words.
+
+    Steps to pass over that are still ahead of the checkpoint make no difference to it.
+    """
     theirs = found.recipe.inputs
     roles = [
-        f"{role} ({_short(inputs.get(role))} asked, {_short(theirs.get(role))} in the checkpoint)"
+        (role, f"{role} ({_short(inputs.get(role))} asked, {_short(theirs.get(role))} in the checkpoint)")
         for role in sorted({*inputs, *theirs})
         if inputs.get(role) != theirs.get(role)
     ]
-    return roles + differences(config, _recorded(found, ref).config)
+    recorded = _recorded(found).config
+    if clipped(config.skip_steps, found.step) == clipped(recorded.skip_steps, found.step):
+        config = replace(config, skip_steps=recorded.skip_steps)
+    return roles + [("config", text) for text in differences(config, recorded)]
+
+
+def _how_to_go_on(differs: Sequence[tuple[str, str]]) -> str:
+    kinds = sorted({what for what, _ in differs})
+    anew = "start anew without --resume (the old checkpoint stays in the log)"
+    if set(kinds) <= set(ALLOWED):
+        return f"repeat that run's options, or go on all the same with --allow {','.join(kinds)}, or {anew}"
+    return f"repeat that run's options, or {anew}"
 
 
 def _short(oid: ObjectId | None) -> str:
@@ -257,10 +270,6 @@ def _refuse_other_kind(store: Store, ref: RefName, kind: str) -> None:
 
 def _tools() -> dict[str, str]:
     return {"llmos": __version__} | {name: version(name) for name in ("accelerate", "torch", "transformers")}
-
-
-def _without_tools(recipe: Recipe) -> Recipe:
-    return replace(recipe, tools={})
 
 
 def _tool_changes(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:

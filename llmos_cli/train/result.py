@@ -14,7 +14,8 @@ from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.point import point
 from llmos_cli.store.refs.refs import read_ref
 from llmos_cli.store.transaction import begin
-from llmos_cli.train.plan import STATE_FOLDER, Plan, read_checkpoint
+from llmos_cli.train.origin import read_checkpoint
+from llmos_cli.train.plan import STATE_FOLDER, Plan
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.refs import read_ref, ref_history
 from llmos_cli.store.refs.relog import trim_log
 from llmos_cli.store.transaction import begin
-from llmos_cli.train.plan import BEST_TAG, STATE_FOLDER, STEP_TAG, Plan, checkpoint_recipe, same_run
+from llmos_cli.train.origin import checkpoint_recipe, same_run
+from llmos_cli.train.plan import BEST_TAG, STATE_FOLDER, STEP_TAG, Plan
 
 METRIC: Final = "metric"  # in the meta of NAME:best, what it is the best of
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from accelerate.utils import set_seed
@@ -60,7 +61,8 @@ def run(
     The caller holds the run (`plan.hold_run`) since before the plan was made.
     """
     config = plan.config
-    inputs = [oid for oid in (plan.data_id, plan.model_id) if oid is not None]
+    origin = plan.origin.id if plan.origin else None
+    inputs = [oid for oid in (plan.data_id, plan.model_id, origin) if oid is not None]
     with quiet(), hold(store, f"train {plan.target.name}", inputs), open_accelerator(config.precision) as accelerator:
         if is_slow(accelerator.device, config.precision):
             progress.warn(f"this processor has no {config.precision} instructions: fp32 is many times faster here")
@@ -92,7 +94,7 @@ def run(
                     saver.save(position)
 
             try:
-                run_steps(
+                reached = run_steps(
                     accelerator,
                     prepared,
                     optimizer,
@@ -104,7 +106,11 @@ def run(
                 )
             except Diverged as exc:
                 saver.finish()
-                raise Diverged(exc.message, hint=f"{saver.where}; try a smaller --lr or a longer --warmup") from exc
+                ahead = next(step for step in count(position.step + 1) if not config.skips(step))
+                again = f"llmos train {plan.label} --resume --skip-steps {ahead}"
+                raise Diverged(exc.message, hint=f"{saver.where}; try a smaller --lr, or go around: {again}") from exc
+            if reached == config.steps:  # the last ones may have been passed over
+                position = replace(position, step=reached)
             if position.step > 0:
                 saver.save(position)
             saver.finish()

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
 from types import TracebackType
@@ -21,10 +22,12 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models.tokenizers import tokenizer_entries
 from llmos_cli.models.weights import drop_tied, state_tensors
+from llmos_cli.store.intake.bases import Base, open_base
 from llmos_cli.store.local import Store
 from llmos_cli.store.transaction import Commit, begin
 from llmos_cli.train.checkpoint import POSITION, TENSORS, Position, capture, encode_position
-from llmos_cli.train.plan import Plan, checkpoint_recipe, tokenizer_source
+from llmos_cli.train.origin import checkpoint_recipe
+from llmos_cli.train.plan import Plan, tokenizer_source
 from llmos_cli.train.retention import keep_by_role
 
 _WEIGHTS = "model.safetensors"
@@ -73,11 +76,11 @@ class Saver:
         self._staged: dict[str, dict[str, torch.Tensor]] = {}
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: Future[_Written] | None = None
-        self._asked = plan.start if plan.resume else None
+        self._asked = plan.start if plan.own else None
         self.last: tuple[ObjectId, Manifest] | None = None
         self.last_step = plan.start
-        if plan.resume:
-            self.last = plan.resume.id, plan.resume.manifest
+        if plan.own:
+            self.last = plan.own.id, plan.own.manifest
 
     @property
     def where(self) -> str:
@@ -147,6 +150,8 @@ class Saver:
         plan = self._plan
         try:
             with begin(self._store, purpose=f"checkpoint {plan.target.name}", ref=plan.checkpoint_ref) as tx:
+                if tx.expected is None:
+                    tx.base = self._first_base()
                 files = [tx.add_bytes(name, data) for name, data in self._small_files.items()]
                 files += tokenizer_entries(tokenizer_source(plan))
                 files.append(tx.add_tensors(_WEIGHTS, state_tensors(weights), metadata={"format": "pt"}))
@@ -167,6 +172,13 @@ class Saver:
         except LlmosError as exc:
             raise self._failed(position, exc) from exc
         return _Written(position, commit, manifest, time.perf_counter() - began, stalled)
+
+    def _first_base(self) -> Base | None:
+        """What the first checkpoint of a run resembles: what it began with."""
+        began_with = self._plan.origin.id if self._plan.origin else self._plan.model_id
+        with suppress(LlmosError):
+            return None if began_with is None else open_base(self._store, began_with)
+        return None
 
     def _meta(self, position: Position) -> dict[str, str | int | float | None]:
         return {

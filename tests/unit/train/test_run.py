@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 
-from llmos_cli.errors import Interrupted, LlmosError, NoSpace, Unsafe, UsageError
+from llmos_cli.errors import Interrupted, LlmosError, NoSpace, NotFound, Unsafe, UsageError
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest, encode_manifest
 from llmos_cli.formats.names import parse_ref
@@ -23,6 +23,7 @@ from llmos_cli.store.refs.refs import read_ref, ref_history
 from llmos_cli.store.transaction import begin
 from llmos_cli.train.config import Options
 from llmos_cli.train.loop import Diverged
+from llmos_cli.train.origin import read_checkpoint
 from llmos_cli.train.plan import Plan, make_plan
 from llmos_cli.train.result import Trained, publish_model, use_made
 from llmos_cli.train.run import Started, run
@@ -355,3 +356,82 @@ def test_manifests_say_nothing_of_the_machine(store: Store) -> None:
         text = encode_manifest(read_manifest(store, oid)).decode()
         assert str(store.root) not in text
         assert "seconds" not in text
+
+
+def test_steps_that_are_passed_over_are_part_of_the_recipe(store: Store) -> None:
+    straight = train(store, "b", dataclasses.replace(SCRATCH, skip_steps=((3, 4), (6, 6))))
+    assert straight.log is not None
+    assert [json.loads(line)["step"] for line in straight.log.read_text().splitlines()] == [1, 2, 5]
+    assert straight.id != train(store, "c", SCRATCH).id
+    recipe = read_manifest(store, straight.id).recipe
+    assert recipe is not None
+    assert recipe.params["skip_steps"] == [[3, 4], [6, 6]]
+    # Known only once it went wrong: the checkpoint before is of the same run, of whichever steps are passed over next.
+    interrupted(store, "a", SCRATCH, after=2, save_every=9)
+    assert plan_of(store, "a", Options(skip_steps=((3, 4), (6, 6))), data=None, resume=True).made == straight.id
+    plan = plan_of(store, "a", Options(skip_steps=((3, 4), (6, 6))), data=None, resume=True)
+    again = dataclasses.replace(plan, made=None, resume=read_checkpoint(store, plan.checkpoint_ref))
+    assert again.start == 2
+    done = run(store, again, progress=Silent())
+    assert (done.id, done.checkpoint) == (straight.id, straight.checkpoint)
+    with pytest.raises(UsageError, match="skip_steps"):
+        plan_of(store, "a", dataclasses.replace(SCRATCH, lr=0.5, skip_steps=((1, 1),)), resume=True)
+
+
+def test_a_fork_begins_with_the_state_of_any_checkpoint(store: Store) -> None:
+    done = train(store, "a", SCRATCH, save_every=2)
+    plan = plan_of(store, "b", Options(lr=0.5), data=None, fork="a@4", save_every=1)
+    assert (plan.start, plan.config.lr, plan.config.depth) == (4, 0.5, 1)
+    forked = run(store, plan, progress=Silent())
+    assert forked.id != done.id
+    recipe = read_manifest(store, forked.id).recipe
+    assert recipe is not None
+    assert recipe.inputs["checkpoint"] == ref_history(store, parse_ref("a:checkpoint"))[1].id
+    # The state went with it: at the same settings it gives the very weights of the run it came from.
+    same = train(store, "c", Options(), data=None, fork="a:checkpoint~2")
+    assert same.id != done.id
+    assert read_manifest(store, same.id).files == read_manifest(store, done.id).files
+    # Stopped and resumed it stays the fork it is.
+    interrupted(store, "d", Options(lr=0.5), after=1, data=None, fork="a@4", save_every=9)
+    plan = plan_of(store, "d", Options(), data=None, resume=True)
+    assert plan.recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("fork", "more", "error", "message"),
+    [
+        ("a@5", {}, NotFound, "no checkpoint of step 5"),
+        ("a:latest", {}, UsageError, "is not a training checkpoint but a model"),
+        ("text:latest", {}, UsageError, "is not a training checkpoint but a dataset"),
+        ("none", {}, NotFound, "none:checkpoint"),
+        ("a@4", {"model": "parent"}, UsageError, "--fork"),
+        ("a@4", {"options": Options(depth=2)}, UsageError, "--fork"),
+        ("a@4", {"data": "other"}, UsageError, "another tokenizer"),
+        ("a", {}, UsageError, "nothing left of 6 steps"),
+    ],
+)
+def test_what_cannot_be_forked_is_refused(
+    store: Store, fork: str, more: dict[str, Any], error: type[LlmosError], message: str
+) -> None:
+    train(store, "a", SCRATCH, save_every=2)
+    arguments = {"options": Options(), "data": None} | more
+    with pytest.raises(error, match=message):
+        plan_of(store, "b", arguments.pop("options"), fork=fork, **arguments)
+
+
+def test_what_is_allowed_may_differ_and_is_recorded(store: Store) -> None:
+    interrupted(store, "a", SCRATCH, after=3, save_every=9)
+    checkpoint = head(store, "a:checkpoint")
+    with pytest.raises(UsageError, match="lr") as caught:
+        plan_of(store, "a", Options(lr=0.5), data=None, resume=True, allow=("data",))
+    assert "--allow config" in (caught.value.hint or "")
+    plan = plan_of(store, "a", Options(lr=0.5), data=None, resume=True, allow=("config",))
+    assert any("lr (0.5 asked" in note for note in plan.notes)
+    done = run(store, plan, progress=PressesCtrlC(99))
+    recipe = read_manifest(store, done.id).recipe
+    assert recipe is not None
+    assert (recipe.params["lr"], recipe.inputs["checkpoint"]) == (0.5, checkpoint)
+    assert len(ref_history(store, parse_ref("a:checkpoint"))) == 2
+    # Once it has a checkpoint of its own, that is what is resumed, and nothing is left to allow.
+    again = plan_of(store, "a", Options(), data=None, resume=True)
+    assert (again.recipe, again.made) == (recipe, done.id)
