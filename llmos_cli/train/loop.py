@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from llmos_cli.errors import LlmosError
 from llmos_cli.train.config import TrainConfig
 from llmos_cli.train.optimizer import learning_rate
-from llmos_cli.train.tasks.work import Work, summed_loss
+from llmos_cli.train.tasks.work import Work, logits_of, summed_loss
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def accumulate_gradients(
     for inputs, targets in work.parts(parts, accelerator.device):
         if stop():
             raise Stopped
-        loss = summed_loss(model(**inputs, **work.options).logits, targets) / work.counted
+        loss = summed_loss(*logits_of(model, work, inputs, targets)) / work.counted
         accelerator.backward(loss)
         total += loss.detach()
     return total

@@ -77,7 +77,7 @@ class MaskedTask:
                 # What no document covers may be further on than any position there is.
                 inputs["position_ids"] = np.where(documents >= 0, batch.position_ids, 0) + self.first_position
         tokens = batch.input_ids.size if documents is None else int((documents >= 0).sum())
-        return Work(inputs, targets, int((targets != IGNORED).sum()), tokens)
+        return Work(inputs, targets, int((targets != IGNORED).sum()), tokens, few=True)
 
 
 def first_position(model: Any, parameters: Any) -> int | None:

@@ -17,7 +17,8 @@ IGNORED: Final = -100  # a target that nothing is asked of
 class Work:
     """Rows first in every array. `targets` are token or label ids, shaped as the logits without their last axis, or
     scores (float32). The loss is the sum over those that are not IGNORED by `counted`, the number of them in the whole
-    step, so that neither parts nor ranks change it. `tokens` is what the step is said to have gone through.
+    step, so that neither parts nor ranks change it. `tokens` is what the step is said to have gone through. `few`: most
+    targets are IGNORED, and it is worth computing the others alone.
     """
 
     inputs: Mapping[str, np.ndarray]
@@ -25,6 +26,7 @@ class Work:
     counted: int
     tokens: int
     options: Mapping[str, Any] = field(default_factory=dict)  # for the model, the same for every part
+    few: bool = False
 
     def parts(self, number: int, device: torch.device) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """The rows in so many runs of equal length, on `device`: inputs and targets."""
@@ -45,6 +47,25 @@ class Task(Protocol):
     def work(self, slot: int, indices: np.ndarray) -> Work:
         """The work of the rows at `indices`, which are the run's `slot`-th and following, counted from 0."""
         ...
+
+
+def logits_of(model: Any, work: Work, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> Any:
+    """What the model says of one part of `work`, and the targets that belong to it."""
+    if not work.few:
+        return model(**inputs, **work.options).logits, targets
+    flat = targets.reshape(-1)
+    where = (flat != IGNORED).nonzero().squeeze(1)
+
+    def pick(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return args[0].reshape(-1, args[0].shape[-1])[where], *args[1:]
+
+    # The last layer, one vector a word, is most of the work of a small model: it sees the positions that count.
+    last = getattr(model, "module", model).get_output_embeddings()
+    hook = last.register_forward_pre_hook(pick)
+    try:
+        return model(**inputs, **work.options).logits, flat[where]
+    finally:
+        hook.remove()
 
 
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
