@@ -102,8 +102,8 @@ _llmos_spec() {
             rest=refs
             ;;
         "shard")
-            opts=(--task --tokenizer --seq-len --shard-size --field --labels-from --split --dedup --mix --skip-bad --store --json --quiet -q --verbose -v --help -h)
-            valued=(--task --tokenizer --seq-len --shard-size --field --labels-from --split --dedup --mix --store)
+            opts=(--task --tokenizer --seq-len --shard-size --field --labels-from --split --dedup --mix --on --skip-bad --store --json --quiet -q --verbose -v --help -h)
+            valued=(--task --tokenizer --seq-len --shard-size --field --labels-from --split --dedup --mix --on --store)
             places=(files)
             rest="files refs"
             ;;
@@ -229,7 +229,6 @@ _llmos_value() {
         "tune --pruner") kind="words median hyperband none" ;;
         "quantize --scheme") kind="words int8 int4 w8a8 fp8" ;;
         "quantize --group") kind="words 32 64 128" ;;
-        "quantize --method") kind="words gptq search rtn" ;;
         "export --format") kind="words hf gguf" ;;
     esac
 }

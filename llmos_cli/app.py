@@ -54,9 +54,9 @@ GROUPS: Final = {
     },
     "make": {
         "shard": "Turn text into token shards to train on.",
-        "train": "Train a causal language model on a dataset.",
+        "train": "Train a model on a dataset, for the task that it was made for.",
         "tune": "Search for the options of train that give the least loss.",
-        "eval": "Measure a model's perplexity on a dataset and keep the report.",
+        "eval": "Measure how well a model does a dataset's task and keep the report.",
         "quantize": "Make a model smaller and say what that costs in quality.",
         "export": "Write a model as transformers, vLLM or llama.cpp load it.",
     },

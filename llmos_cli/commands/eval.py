@@ -11,6 +11,7 @@ from llmos_cli.ui.text import count
 
 if TYPE_CHECKING:
     from llmos_cli.store.refs.resolve import Resolved
+    from llmos_cli.train.evaluate import TaskReport
     from llmos_cli.ui.session import Session
 
 COMPARED_ROWS = 128
@@ -48,10 +49,11 @@ def eval(  # noqa: A001 - the verb is called so
         str | None, typer.Option("--name", metavar="NAME", help="Where to keep the report.  [default: REF's name]-eval")
     ] = None,
 ) -> None:
-    """Measure a model's perplexity on a dataset and keep the report.
+    """Measure how well a model does a dataset's task and keep the report.
 
-    Every token of a row but the first is predicted from those before it; a lower perplexity is better. The same
-    question again is answered from the store.
+    Of tasks lm and chat that is perplexity: every token of a row but the first is predicted from those before it; lower
+    is better. Of classify and pair: accuracy and macro F1 (of scores: correlation); of mlm: loss and accuracy of masked
+    tokens; of seq2seq: exact match, and BLEU with the extra eval. The same question again is answered from the store.
 
     With --against, the next-token distributions of both models are compared, too: KL divergence, and how often both
     hold the same token most likely.
@@ -60,12 +62,15 @@ def eval(  # noqa: A001 - the verb is called so
       llmos eval tiny --data web
       llmos eval tiny:step-200 --data web --max-rows 64
       llmos eval tiny --data web --split valid
+      llmos eval moods --data reviews --split test
       llmos eval tiny-int8 --data web --name results:int8 --json
       llmos eval tiny-int4 --data web --against tiny --max-ppl-ratio 1.02
     """
     from llmos_cli.quantize.quality import evaluate
     from llmos_cli.remote.exchange.anywhere import resolve_streamed
+    from llmos_cli.store.packs.objects import read_manifest
     from llmos_cli.store.refs.resolve import resolve
+    from llmos_cli.train.evaluate import evaluate_task
 
     here = session(ctx)
     named = parse_ref(name) if name else None
@@ -79,6 +84,19 @@ def eval(  # noqa: A001 - the verb is called so
     with here.open_store() as store:
         model, dataset = resolve(store, ref), resolve_streamed(store, data)
         target = named or _default_name(model)
+        if read_manifest(store, dataset.id).meta.get("task") in ("mlm", "classify", "pair", "seq2seq"):
+            scored = evaluate_task(
+                store,
+                model.id,
+                dataset.id,
+                max_rows=max_rows,
+                batch=batch,
+                split=split,
+                ref=target,
+                progress=here.out.progress,
+            )
+            _show_task(here, model, dataset, target, split, scored)
+            return
         found = evaluate(
             store,
             model.id,
@@ -113,6 +131,33 @@ def eval(  # noqa: A001 - the verb is called so
     here.out.line(
         f"  scored      {count(found.tokens)} tokens in {count(found.rows)} of {count(found.rows_total)} rows"
     )
+    here.out.line(f"  report      {target} @{found.id.short}")
+    if found.made_before:
+        here.out.say("this was measured before; the stored report answers")
+
+
+def _show_task(
+    here: "Session", model: "Resolved", dataset: "Resolved", target: RefName, split: str, found: "TaskReport"
+) -> None:
+    here.out.result(
+        {
+            "id": str(found.id),
+            "ref": str(target),
+            "kind": "report",
+            "model": str(model.id),
+            "data": str(dataset.id),
+            "split": split,
+            "task": found.task,
+            **found.metrics,
+            "rows": found.rows,
+            "made_before": found.made_before,
+        }
+    )
+    here.out.line(f"{model.label} on {dataset.label}, {found.task}")
+    for name, value in found.metrics.items():
+        here.out.line(f"  {name.replace('_', ' '):11s} {value:.4f}")
+    what = "rows" if found.task == "mlm" else "examples"
+    here.out.line(f"  scored      {count(found.rows)} of {count(found.rows_total)} {what}")
     here.out.line(f"  report      {target} @{found.id.short}")
     if found.made_before:
         here.out.say("this was measured before; the stored report answers")

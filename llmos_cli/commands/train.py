@@ -32,7 +32,11 @@ def train(
     ] = None,
     depth: Annotated[
         int | None,
-        typer.Option("--depth", metavar="N", help="Start from a new Llama with N layers of width 64 N.  [default: 2]"),
+        typer.Option(
+            "--depth",
+            metavar="N",
+            help="A new model of N layers and width 64 N: a BERT for mlm, classify and pair, else a Llama.  [default: 2]",
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -101,7 +105,7 @@ def train(
         bool, typer.Option("--resume", help="Go on from NAME:checkpoint; options not given are taken from it.")
     ] = False,
 ) -> None:
-    """Train a causal language model on a dataset.
+    """Train a model on a dataset, for the task that it was made for.
 
     A checkpoint is one atomic commit. Ctrl-C commits one and exits with 130; after that, or after a crash, --resume
     goes on and ends in the same id as a run that was never stopped. The same inputs and options give the same model,
