@@ -32,9 +32,9 @@ def quantize(
         str | None,
         typer.Option(
             "--method",
-            metavar="gptq|search|hqq|rtn",
-            help="Of int4: calibrated on data; or, without, scales for the least error or the robust one, or plain "
-            "rounding.  [default: gptq]",
+            metavar="METHOD",
+            help="How values are found: gptq, awq, search, hqq or rtn for int4, smooth or rtn for w8a8; see below.",
+            show_default=False,
         ),
     ] = None,
     data: Annotated[
@@ -54,10 +54,14 @@ def quantize(
 ) -> None:
     """Make a model smaller and say what that costs in quality.
 
-    int8: 8 bits, a scale a row; the embedding too. int4: 4 bits in groups, the embedding and the head in 8; what the
-    layers get as input is taken from the dataset. w8a8: 8 bits, and 8 bits of what goes into a layer. fp8: the same
-    with floats. What does not take the form is listed with the reason. Perplexity is measured before and after. The
-    same model again is found in the store at once; a calibration that was stopped goes on where it was.
+    int8: 8 bits, a scale a row; the embedding too. int4: 4 bits in groups, the embedding and the head in 8. w8a8: 8
+    bits, and 8 bits of what goes into a layer. fp8: the same with floats. What does not take the form is listed with
+    the reason. Perplexity is measured before and after. The same model again is found in the store at once; a
+    calibration that was stopped goes on where it was.
+
+    With a dataset, values are fitted to what the layers really get: gptq lets them make up for each other's errors, awq
+    enlarges the features that matter, smooth tames those that stick out. Without one, search takes the scales of the
+    least error, hqq cares less for outliers, rtn rounds.
 
     Examples:
       llmos quantize tiny tiny-int8 --scheme int8
@@ -77,7 +81,8 @@ def quantize(
     here = session(ctx)
     out = here.out
     target = parse_ref(name)
-    for what, word, known in (("scheme", scheme, SCHEMES), ("method", method, METHODS)):
+    methods = sorted({one for known in METHODS.values() for one in known})
+    for what, word, known in (("scheme", scheme, SCHEMES), ("method", method, methods)):
         if word is not None and word not in known:
             near = difflib.get_close_matches(word, known, 1, 0.3)
             raise UsageError(f"unknown {what} {word!r}", hint=f"use --{what} {(near or known)[0]}")

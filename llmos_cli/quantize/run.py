@@ -27,18 +27,25 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 SCHEMES: Final = ("int8", "int4", "w8a8", "fp8")
-METHODS: Final = ("rtn", "search", "hqq", "gptq")
+METHODS: Final = {
+    "int8": ("rtn",),
+    "int4": ("gptq", "awq", "search", "hqq", "rtn"),
+    "w8a8": ("smooth", "rtn"),
+    "fp8": ("rtn",),
+}
+"""How values are found, by scheme: the default with a dataset first."""
+CALIBRATED: Final = frozenset({"gptq", "awq", "smooth"})
 DEFAULT_GROUP: Final = 32
 CALIBRATION_ROWS: Final = 128
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to make: the form of the weights and, for four bits, how their values are found. `data` is the dataset to
-    calibrate on (gptq), of which `rows` evenly spaced rows are taken."""
+    """What to make: the form of the weights and how their values are found. `data` is the dataset to calibrate on, of
+    which `rows` evenly spaced rows are taken."""
 
     form: Form
-    method: str | None = None
+    method: str = "rtn"
     data: ObjectId | None = None
     rows: int = CALIBRATION_ROWS
 
@@ -53,28 +60,25 @@ class QuantizeResult:
     bytes_after: int
     bits_per_weight: float
     kept: dict[str, str]
-    method: str | None
+    method: str
 
 
 def make_request(scheme: str, *, group: int | None, method: str | None, data: ObjectId | None, rows: int) -> Request:
-    """Check what was asked for; raises UsageError. Without a method, four bits are calibrated if there is a dataset."""
-    forms = {"int8": INT8, "w8a8": W8A8, "fp8": FP8}
-    if scheme != "int4":
-        if group is not None or method is not None:
-            what = "--group" if group is not None else "--method"
-            raise UsageError(f"{what} is for --scheme int4: {scheme} has one scale a row", hint=f"leave out {what}")
-        return Request(forms[scheme])
-    group = DEFAULT_GROUP if group is None else group
-    if group not in GROUPS:
-        raise UsageError(
-            f"--group {group} is not offered", hint=f"use one of {', '.join(str(known) for known in GROUPS)}"
-        )
-    method = method or ("gptq" if data else "search")
-    if method != "gptq":
-        return Request(int4(group), method)
+    """Check what was asked for; raises UsageError. Without a method, weights are calibrated if there is a dataset."""
+    known = METHODS[scheme]
+    if group is not None and scheme != "int4":
+        raise UsageError(f"--group is for --scheme int4: {scheme} has one scale a row", hint="leave out --group")
+    if method is not None and method not in known:
+        raise UsageError(f"--method {method} is not for --scheme {scheme}", hint=f"use {' or '.join(known)}")
+    form = {"int8": INT8, "w8a8": W8A8, "fp8": FP8}.get(scheme) or int4(DEFAULT_GROUP if group is None else group)
+    if form.group and form.group not in GROUPS:
+        raise UsageError(f"--group {group} is not offered", hint=f"use one of {', '.join(map(str, GROUPS))}")
+    method = method or next(one for one in known if data is not None or one not in CALIBRATED)
+    if method not in CALIBRATED:
+        return Request(form, method)
     if data is None:
-        raise UsageError("--method gptq needs a dataset to calibrate on", hint="name one with --data REF")
-    return Request(int4(group), method, data, rows)
+        raise UsageError(f"--method {method} needs a dataset to calibrate on", hint="name one with --data REF")
+    return Request(form, method, data, rows)
 
 
 def quantize(
@@ -116,17 +120,17 @@ def quantize(
 
 def _make(tx: Transaction, manifest: Manifest, recipe: Recipe, request: Request, progress: Progress) -> Manifest:
     from llmos_cli.quantize.plan import make_plan
-    from llmos_cli.quantize.write import ROUNDINGS, write_quantized
+    from llmos_cli.quantize.write import ROUNDINGS, Nothing, write_quantized
 
     plan = make_plan(tx.store, manifest, request.form)
-    values: AbstractContextManager[Any] = nullcontext(lambda _: None)
-    if request.data is not None:
+    values: AbstractContextManager[Any] = nullcontext(Nothing())
+    if request.method in CALIBRATED and request.data is not None:
         from llmos_cli.quantize.calibrate import calibrated
         from llmos_cli.quantize.measure import sample_rows
 
         rows = sample_rows(tx.store, manifest, read_manifest(tx.store, request.data), request.rows).input_ids
-        values = calibrated(tx.store, manifest, plan, rows, recipe, progress=progress)
-    rounding = ROUNDINGS.get(request.method or "rtn", ROUNDINGS["search"])  # of what is not in a block
+        values = calibrated(tx.store, manifest, plan, request.method, rows, recipe, progress=progress)
+    rounding = ROUNDINGS.get(request.method, ROUNDINGS["search"])  # of what is not in a block
     with values as known:
         return write_quantized(
             tx, manifest, recipe, plan, asked=request.form, rounding=rounding, calibrated=known, progress=progress
@@ -137,6 +141,8 @@ def _recipe(source: ObjectId, request: Request) -> Recipe:
     params: dict[str, Json] = {"scheme": request.form.name}
     if request.form.group:
         params |= {"group": request.form.group, "method": request.method, "version": 2}  # 1 had no negative scales
+    elif request.method in CALIBRATED:
+        params |= {"method": request.method}
     inputs = {"model": source}
     if request.data is not None:
         params["rows"] = request.rows

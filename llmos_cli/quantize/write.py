@@ -9,7 +9,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
@@ -44,8 +44,26 @@ _WEIGHT_FILES: Final = (
 Rounding = Callable[[torch.Tensor, int, torch.dtype], Grid]
 """From rows of a weight, a group's size and the dtype of scales to values of four bits."""
 ROUNDINGS: Final[dict[str, Rounding]] = {"rtn": grid.rtn, "search": grid.search, "hqq": grid.hqq}
-Calibrated = Callable[[str], Grid | None]
-"""The values of a stored tensor that were found by its layer's inputs, if they were."""
+
+
+class Calibrated(Protocol):
+    """What was found for a stored tensor by the inputs of layers, if it was."""
+
+    def grid(self, name: str) -> Grid | None:
+        """Its values."""
+
+    def factor(self, name: str) -> torch.Tensor | None:
+        """What the columns of a matrix are multiplied by, or the weights of a norm divided by."""
+
+
+class Nothing:
+    """Nothing was."""
+
+    def grid(self, name: str) -> Grid | None:
+        return None
+
+    def factor(self, name: str) -> torch.Tensor | None:
+        return None
 
 
 def write_quantized(
@@ -56,7 +74,7 @@ def write_quantized(
     *,
     asked: Form,
     rounding: Rounding = grid.rtn,
-    calibrated: Calibrated = lambda _: None,
+    calibrated: Calibrated,
     progress: Progress,
 ) -> Manifest:
     """Add the quantized form of the model `source` to the transaction; what it returns is yet to be committed.
@@ -115,15 +133,18 @@ def _tensors(
     def reader(entry: FileEntry) -> FileReader:
         return readers.setdefault(entry.path, open_file(store, entry))
 
-    tensors = [_kept(reader(entry), info, task) for entry, info in plan.kept.values()]
+    tensors = [_kept(reader(entry), info, calibrated, task) for entry, info in plan.kept.values()]
     for item in plan.quantized.values():
         tensors += _Source(reader(item.entry), item, rounding, calibrated, pool, task).tensors()
     return tensors
 
 
-def _kept(reader: FileReader, info: TensorInfo, task: Task) -> Tensor:
+def _kept(reader: FileReader, info: TensorInfo, calibrated: Calibrated, task: Task) -> Tensor:
     def data() -> memoryview:
         tensor = _finite(read_tensor(reader, info), info.name)
+        factor = calibrated.factor(info.name)
+        if factor is not None:
+            tensor = (tensor.float() / factor).to(tensor.dtype)
         task.advance(info.end - info.start)
         return tensor_bytes(tensor)
 
@@ -174,19 +195,22 @@ class _Source:
 
     def _quantize(self) -> tuple[torch.Tensor, torch.Tensor]:
         item, form = self._item, self._item.form
-        if form.packed and (known := self._calibrated(item.info.name)):
+        if form.packed and (known := self._calibrated.grid(item.info.name)):
             return pack_nibbles(known.values), _finite(known.scale, item.info.name)
         groups, kept = (item.columns // form.group if form.group else 1), TORCH_DTYPES[item.scale_dtype]
         stored = (torch.int32, form.bits * item.columns // 32) if form.packed else (_DTYPES[form.kind], item.columns)
         weight = torch.empty(item.rows, stored[1], dtype=stored[0])
         scale = torch.empty(item.rows, groups, dtype=kept)
         whole = read_tensor(self._reader, item.info).t() if item.transposed else None
+        factor = self._calibrated.factor(item.info.name)
         step = max(1, _BLOCK_BYTES // (item.columns * TORCH_DTYPES[item.info.dtype].itemsize))
 
         @torch.inference_mode()  # a property of the thread
         def one(first: int) -> None:
             last = min(first + step, item.rows)
             block = self._rows(first, last) if whole is None else whole[first:last]
+            if factor is not None:
+                block = block.float() * factor
             if form.packed:
                 found = self._rounding(block, form.group, kept)
                 weight[first:last], scale[first:last] = pack_nibbles(found.values), found.scale

@@ -37,9 +37,11 @@ from tests.bench.measure import Cost, goal, make_models, print_machine, report_c
 VOCABULARY, CONTEXT = 2048, 128
 FORMS: Final = {
     "int8": ("--scheme", "int8"),
-    "w8a8": ("--scheme", "w8a8"),
+    **{f"w8a8 {method}": ("--scheme", "w8a8", "--method", method) for method in ("rtn", "smooth")},
     "fp8": ("--scheme", "fp8"),
-    **{f"int4 {method}": ("--scheme", "int4", "--method", method) for method in ("rtn", "search", "hqq", "gptq")},
+    **{
+        f"int4 {method}": ("--scheme", "int4", "--method", method) for method in ("rtn", "search", "hqq", "awq", "gptq")
+    },
     **{f"int4 gptq, group {group}": ("--scheme", "int4", "--group", group) for group in ("64", "128")},
 }
 PEERS: Final = ("Q8_0", "Q4_0", "Q4_1", "Q4_K")
@@ -120,7 +122,7 @@ def quality(folder: Path, text: Sequence[str], steps: int) -> None:
         print(f"{name:24}{scored.bits:8.3f}{scored.perplexity:12.4f}  {100 * (scored.perplexity / plain - 1):+.3f} %")
     more = {name: 100 * (scored.perplexity / plain - 1) for name, scored in found.items()}
     goal("int8", more["int8"], 0.1, " %")
-    goal("w8a8", more["w8a8"], 0.5, " %")
+    goal("w8a8, the default", more["w8a8 smooth"], 0.5, " %")
     goal("int4, the default", more["int4 gptq"], 2.0, " %")
     goal("int4, the default: loss as a share of RTN's", more["int4 gptq"] / more["int4 rtn"], 0.9)
     if lib is not None:

@@ -65,7 +65,7 @@ def test_every_type_is_near(store: Store, put_model: Put, kind: str, most: float
 def test_quantized_weights_keep_their_values(
     store: Store, put_model: Put, form: Form, kind: str, config: str, tmp_path: Path
 ) -> None:
-    request = Request(form, "search" if form.group else None)
+    request = Request(form, "search" if form.group else "rtn")
     small = quantize(store, put_model(config=config), request, parse_ref("small"), progress=Silent())
     made = run(store, small.id)
     assert made.manifest.meta["type"] == kind

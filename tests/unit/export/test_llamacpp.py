@@ -79,6 +79,6 @@ def test_quantized_weights_answer_as_the_quantized_model(
     store: Store, put_model: Put, form: Any, kind: str, tmp_path: Path
 ) -> None:
     """Beside these, llama.cpp rounds what goes into a layer to eight bits."""
-    request = Request(form, "search" if form.group else None)
+    request = Request(form, "search" if form.group else "rtn")
     small = quantize(store, put_model(), request, parse_ref("small"), progress=Silent())
     check(store, small.id, None, tmp_path, near=0.2)

@@ -65,7 +65,7 @@ def test_a_scheme_reads_back_what_it_says(form: Form) -> None:
 def test_transformers_reads_the_same_model(
     store: Store, put_model: Put, form: Form, config: str, tmp_path: Path
 ) -> None:
-    made = make(store, put_model(config=config), Request(form, "search" if form.group else None))
+    made = make(store, put_model(config=config), Request(form, "search" if form.group else "rtn"))
     ours = load_model(store, made)
     theirs = AutoModelForCausalLM.from_pretrained(checked_out(store, made, tmp_path / "model"))
     with torch.inference_mode():
@@ -117,24 +117,50 @@ def test_calibration_comes_nearer_to_the_model_than_the_best_scales(
             for request in (
                 Request(int4(), "rtn"),
                 Request(int4(), "search"),
+                Request(int4(), "awq", data, rows=64),
                 Request(int4(), "gptq", data, rows=64),
             )
         ]
-    assert errors[2] < errors[1] < errors[0]
+    rtn, search, awq, gptq = errors
+    assert gptq < search < rtn
+    assert awq < rtn
+
+
+@pytest.mark.parametrize("config", ["llama-tied", "gpt2"])
+def test_smoothing_moves_outliers_from_inputs_into_weights(
+    store: Store, put_model: Put, put_data: Put, config: str, tmp_path: Path
+) -> None:
+    def spread(state: dict[str, torch.Tensor]) -> None:
+        for name, tensor in state.items():
+            if "layernorm" in name or "ln_" in name:
+                tensor[3::16] *= 30
+
+    source, data = put_model(config=config, change=spread), put_data(rows=64)
+    made = [make(store, source, request) for request in (Request(W8A8), Request(W8A8, "smooth", data, rows=64))]
+    with torch.inference_mode():
+        plain = load_model(store, read_manifest(store, source))(IDS).logits
+        rough, smooth = (float((load_model(store, one)(IDS).logits - plain).square().mean()) for one in made)
+    assert smooth < 0.5 * rough
+    assert tensor_table(store, made[0]).keys() == tensor_table(store, made[1]).keys(), "folded into the norms"
+    if config == "llama-tied":
+        theirs = AutoModelForCausalLM.from_pretrained(checked_out(store, made[1], tmp_path / "model"))
+        with torch.inference_mode():
+            assert (theirs(IDS).logits - plain).square().mean() < 0.5 * rough
 
 
 class _Stop(Exception):
     pass
 
 
+@pytest.mark.parametrize(("form", "method"), [(int4(), "gptq"), (int4(), "awq"), (W8A8, "smooth")], ids=str)
 def test_a_calibration_that_was_stopped_goes_on_and_ends_in_the_same_id(
-    store: Store, put_model: Put, put_data: Put, monkeypatch: pytest.MonkeyPatch
+    store: Store, put_model: Put, put_data: Put, form: Form, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, data = put_model(), put_data(rows=64)
-    request = Request(int4(), "gptq", data, rows=64)
+    request = Request(form, method, data, rows=64)
     one_block, calls = calibrate._one_block, itertools.count()
 
-    def stopping(*arguments: Any) -> ObjectId:
+    def stopping(*arguments: Any) -> Any:
         if next(calls) == 1:
             raise _Stop
         return one_block(*arguments)
@@ -168,7 +194,7 @@ def test_what_cannot_be_calibrated_is_refused(store: Store, put_model: Put, put_
     ("arguments", "why"),
     [
         ({"scheme": "int8", "group": 32}, "--group is for --scheme int4"),
-        ({"scheme": "fp8", "method": "rtn"}, "--method is for --scheme int4"),
+        ({"scheme": "fp8", "method": "gptq"}, "--method gptq is not for --scheme fp8"),
         ({"scheme": "int4", "group": 48}, "--group 48 is not offered"),
         ({"scheme": "int4", "method": "gptq"}, "needs a dataset"),
     ],
