@@ -108,8 +108,8 @@ _llmos_spec() {
             rest="files refs"
             ;;
         "train")
-            opts=(--data --model --depth --config --steps --batch --lr --precision --save-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --resume --store --json --quiet -q --verbose -v --help -h)
-            valued=(--data --model --depth --config --steps --batch --lr --precision --save-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --store)
+            opts=(--data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --plan --resume --store --json --quiet -q --verbose -v --help -h)
+            valued=(--data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --store)
             places=(refs)
             ;;
         "tune")

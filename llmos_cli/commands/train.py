@@ -61,6 +61,10 @@ def train(
         int | None,
         typer.Option("--save-every", metavar="N", help="Steps between checkpoints.  [default: about ten in a run]"),
     ] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option("--eval-every", metavar="N", help="Score the valid split every N steps, into the log."),
+    ] = None,
     keep_last: Annotated[
         int | None,
         typer.Option(
@@ -101,6 +105,9 @@ def train(
         str | None,
         typer.Option("--allow", metavar="data,config", help="What may differ from the checkpoint when resuming."),
     ] = None,
+    show_plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the run would take and what fits this machine; train nothing.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from NAME:checkpoint; options not given are taken from it.")
     ] = False,
@@ -114,6 +121,7 @@ def train(
     Examples:
       llmos train tiny --data web --depth 4 --steps 500 --batch 16
       llmos train tiny --resume
+      llmos train big --data web --depth 16 --batch 64 --plan
       llmos train tiny2 --fork tiny@200 --lr 1e-4
       llmos train tuned --data notes --model tiny --steps 100 --lr 1e-4 --precision bf16
     """
@@ -145,6 +153,7 @@ def train(
             model=model,
             options=options,
             save_every=save_every,
+            eval_every=eval_every,
             keep=keep,
             resume=resume,
             fork=fork,
@@ -152,6 +161,14 @@ def train(
         )
         for note in plan.notes:
             here.out.say(note)
+        if show_plan:
+            from llmos_cli.train.resources import find_resources, foresee
+            from llmos_cli.ui.prospect import prospect_json, show_prospect
+
+            found = foresee(store, plan, find_resources(store))
+            here.out.result(prospect_json(plan, found))
+            show_prospect(here.out, plan, found)
+            return
         if plan.made is not None:
             trained = use_made(store, plan, plan.made)
         elif plan.resume and plan.start == plan.config.steps:

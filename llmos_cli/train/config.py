@@ -230,9 +230,9 @@ def default_save_every(steps: int) -> int:
     return min(1000, max(10, steps // 10))
 
 
-def check_save_every(save_every: int) -> int:
+def check_save_every(save_every: int, flag: str = "--save-every") -> int:
     """Refuse a nonsensical --save-every."""
-    _whole("--save-every", save_every, 1, MOST_STEPS)
+    _whole(flag, save_every, 1, MOST_STEPS)
     return save_every
 
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Final
 
 from llmos_cli import __version__
+from llmos_cli.data.layout import check_split
 from llmos_cli.errors import NotFound, UsageError
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest, Recipe, recipe_key
@@ -62,6 +63,7 @@ class Plan:
     notes: tuple[str, ...]
     keep: Retention
     origin: Checkpoint | None = None
+    eval_every: int | None = None
 
     @property
     def key(self) -> str:
@@ -103,6 +105,7 @@ def make_plan(
     model: str | None,
     options: Options,
     save_every: int | None = None,
+    eval_every: int | None = None,
     keep: Retention | None = None,
     resume: bool = False,
     fork: str | None = None,
@@ -141,6 +144,9 @@ def make_plan(
     data_label = data or f"@{data_id.short}"
     dataset = read_manifest(store, data_id)
     check_dataset(dataset, data_label)
+    if eval_every is not None:
+        check_save_every(eval_every, "--eval-every")
+        check_split(dataset, "valid")
     parent = None
     if model_id is not None:
         parent = read_manifest(store, model_id)
@@ -202,6 +208,7 @@ def make_plan(
         tuple(notes),
         keep,
         origin,
+        eval_every,
     )
 
 

@@ -1,7 +1,7 @@
 """Training, end to end: builds what a plan names, runs the loop, has checkpoints committed and at last the model."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -15,7 +15,7 @@ from llmos_cli.data.mixing import training_order
 from llmos_cli.errors import Damaged
 from llmos_cli.models.quiet import quiet
 from llmos_cli.models.weights import load_state_dict
-from llmos_cli.progress import Progress
+from llmos_cli.progress import Progress, Silent
 from llmos_cli.store.leases import hold
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_file
@@ -30,6 +30,7 @@ from llmos_cli.train.optimizer import build_optimizer
 from llmos_cli.train.plan import STATE_FOLDER, Plan
 from llmos_cli.train.result import Trained, publish_model
 from llmos_cli.train.saver import Saved, Saver
+from llmos_cli.train.scoring import score
 from llmos_cli.train.signals import stop_flag
 from llmos_cli.train.tasks.opened import head_for, open_task, reading_ahead, task_of
 
@@ -72,6 +73,9 @@ def run(
         order = training_order(plan.data_id, plan.data, row_bytes(plan.data), config.seed)
         if head_for(task_of(plan.data), model.config) == "causal":
             check_causal(model, task.longest)
+        valid = None
+        if plan.eval_every is not None:
+            valid = open_task(store, plan.data, model, seed=config.seed, split="valid", progress=Silent())
         raw = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
         prepared, optimizer = accelerator.prepare(model, raw)
         set_seed(config.seed)
@@ -87,7 +91,11 @@ def run(
             def done(event: StepDone) -> None:
                 nonlocal position
                 position = Position(event.step, position.tokens + event.tokens, event.loss)
-                reporter.report(event)
+                scored: dict[str, float] = {}
+                if valid is not None and plan.eval_every and event.step % plan.eval_every == 0:
+                    found = score(valid, prepared, accelerator.device, batch=config.batch)
+                    scored = {f"eval_{name}": value for name, value in found.items()}
+                reporter.report(event, scored)
                 saver.poll()
                 saver.note_loss(event.loss)
                 if plan.is_saved(event.step) and event.step < config.steps:
@@ -147,7 +155,7 @@ class _Reporter:
     def tokens_per_second(self) -> float | None:
         return self._tokens / self._seconds if self._seconds else None
 
-    def report(self, event: StepDone) -> None:
+    def report(self, event: StepDone, scored: Mapping[str, float]) -> None:
         rate = event.tokens / max(event.seconds, 1e-9)
         self._rate = _SMOOTHING * self._rate + (1 - _SMOOTHING) * rate if self._rate else rate
         self._tokens += event.tokens
@@ -161,6 +169,7 @@ class _Reporter:
                 "tokens": event.tokens,
                 "tokens_per_second": round(rate, 1),
                 "time": round(time.time(), 3),
+                **scored,
             }
         )
         self._note(f"loss {event.loss:.2f} · {self._rate:,.0f} tok/s")

@@ -1,5 +1,7 @@
 """What `llmos eval` measures of each task, and what it refuses; made by real, if tiny, runs."""
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmos_cli.data.make import Request, make_dataset
-from llmos_cli.errors import LlmosError, UsageError
+from llmos_cli.errors import LlmosError, NotFound, UsageError
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.progress import Silent
@@ -37,6 +39,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     heads = {"classify": "text,label", "other": "text,label", "pair": "first,second,label", "seq2seq": "source,target"}
     with open_store(root) as store:
+        (root.parent / "bare.csv").write_text("text,label\nnone,0\nset aside,1\n")
+        bare = Request((str(root.parent / "bare.csv"),), "train:270", SEQ, 1 << 20, task="classify")
+        make_dataset(store, parse_ref("bare"), bare, progress=Silent())
         for name, rows in lines.items():
             source = root.parent / f"{name}.csv"
             source.write_text("\n".join([heads[name], *rows]) + "\n")
@@ -65,7 +70,13 @@ def at(store: Store, name: str) -> ObjectId:
 
 
 def scored(store: Store, name: str, data: str | None = None, **more: object) -> TaskReport:
-    return evaluate_task(store, at(store, f"{name}-model"), at(store, data or name), progress=Silent(), **more)  # type: ignore[arg-type]
+    return evaluate_task(
+        store,
+        at(store, f"{name}-model"),
+        at(store, data or name),
+        progress=Silent(),
+        **more,
+    )  # type: ignore[arg-type]
 
 
 def test_a_classifier_is_measured_and_the_answer_kept(store: Store) -> None:
@@ -101,6 +112,22 @@ def test_what_would_be_a_wrong_answer_is_refused(store: Store) -> None:
         scored(store, "classify", "other")
     with pytest.raises(LlmosError, match="is not trained for the task classify"):
         evaluate_task(store, at(store, "seq2seq-model"), at(store, "classify"), progress=Silent())
+
+
+def test_a_split_set_aside_is_scored_while_training_and_changes_nothing(store: Store) -> None:
+    options = Options(steps=6, batch=8, depth=1, seed=5)
+    plan = make_plan(store, "watched-model", data="classify", model=None, options=options, eval_every=3)
+    watched = run(store, plan, progress=Silent())
+    assert watched.log is not None
+    lines = [json.loads(line) for line in watched.log.read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    assert {"eval_loss", "eval_accuracy", "eval_macro_f1"} <= set(lines[-1])
+    alone = make_plan(store, "alone", data="classify", model=None, options=options)
+    assert alone.made == watched.id
+    assert run(store, dataclasses.replace(alone, made=None), progress=Silent()).id == watched.id
+    assert scored(store, "watched", "classify", split="valid").metrics["loss"] == pytest.approx(0.7, abs=0.3)
+    with pytest.raises(NotFound, match="has no valid split"):
+        make_plan(store, "x", data="bare", model=None, options=options, eval_every=3)
 
 
 def test_macro_f1_counts_labels_alike() -> None:
