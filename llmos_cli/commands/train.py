@@ -108,9 +108,6 @@ def train(
     show_plan: Annotated[
         bool, typer.Option("--plan", help="Say what the run would take and what fits this machine; train nothing.")
     ] = False,
-    show_plan: Annotated[
-        bool, typer.Option("--plan", help="Say what the run would take and what fits this machine; train nothing.")
-    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from NAME:checkpoint; options not given are taken from it.")
     ] = False,
@@ -124,7 +121,6 @@ def train(
     Examples:
       llmos train tiny --data web --depth 4 --steps 500 --batch 16
       llmos train tiny --resume
-      llmos train big --data web --depth 16 --batch 64 --plan
       llmos train big --data web --depth 16 --batch 64 --plan
       llmos train tiny2 --fork tiny@200 --lr 1e-4
       llmos train tuned --data notes --model tiny --steps 100 --lr 1e-4 --precision bf16
@@ -165,14 +161,6 @@ def train(
         )
         for note in plan.notes:
             here.out.say(note)
-        if show_plan:
-            from llmos_cli.train.resources import find_resources, foresee
-            from llmos_cli.ui.prospect import prospect_json, show_prospect
-
-            found = foresee(store, plan, find_resources(store))
-            here.out.result(prospect_json(plan, found))
-            show_prospect(here.out, plan, found)
-            return
         if show_plan:
             from llmos_cli.train.resources import find_resources, foresee
             from llmos_cli.ui.prospect import prospect_json, show_prospect
