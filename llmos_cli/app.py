@@ -208,6 +208,7 @@ def _root(
     """One content-addressed store from text to served model."""
     bars = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     cwd = _working_folder()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that a command begins phones nobody
     ctx.obj = Session(
         store_path=store and cwd / store.expanduser(),
         env_store=os.environ.get("LLMOS_STORE") or None,

@@ -155,6 +155,7 @@ OWNERS = {
     "obstore": ("remote/transports/objectstore.py", "what it does and how it fails is known in one place"),
     "cryptography": (("store/refs/keys.py", "store/oms.py"), "what counts as a good signature is decided once"),
     "model_signing": ("store/oms.py", "it brings its own keys, formats and errors"),
+    "ray": ("data/on_ray.py", "how a cluster is begun, asked and left is decided once"),
     "fastapi": ("serve/", "HTTP stays in one room"),
 }
 

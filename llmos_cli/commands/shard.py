@@ -1,6 +1,5 @@
 """`llmos shard`: make training data out of text."""
 
-import re
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +7,7 @@ import typer
 
 from llmos_cli.errors import PartlyDone, UsageError
 from llmos_cli.ui.session import session
-from llmos_cli.ui.text import count, duration, plural, size
+from llmos_cli.ui.text import count, duration, parse_size, plural, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,6 +51,9 @@ def shard(
         str | None,
         typer.Option("--mix", metavar="REF:WEIGHT,...", help="Mix datasets instead, by shares of rows."),
     ] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="ray|ray://HOST:PORT", help="Tokenize on a Ray cluster.")
+    ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and name it; exit code 3.")
     ] = False,
@@ -60,7 +62,8 @@ def shard(
 
     Files ending in .jsonl, .csv, .tsv and .parquet hold records; any other file is one document; .gz and .zst are
     unpacked. Standard input is one document, or JSON lines if the task or --field asks for records. The same text and
-    options give the same dataset, at once; a run that was stopped goes on where it was.
+    options give the same dataset, at once; a run that was stopped goes on where it was. With --on, machines that have
+    the files under the same paths tokenize them, and the dataset is the same.
 
     A task reads these roles: lm and mlm: text. classify: text, label. pair: first, second, and label if there is one.
     seq2seq: source, target. chat: messages. Fields with usual names are found; --field names others.
@@ -72,6 +75,7 @@ def shard(
       llmos shard test.csv reviews-test --task classify --tokenizer reviews --labels-from reviews
       llmos shard chats.jsonl.gz talk --task chat --tokenizer ~/models/qwen
       zcat dump.jsonl.gz | llmos shard - dump --field content
+      llmos shard /mnt/dumps/ web --on ray://head:10001
       llmos shard --mix web:3,code:1 both
     """
     from llmos_cli.formats.names import parse_ref
@@ -88,6 +92,7 @@ def shard(
         import sys
 
         from llmos_cli.data.make import Request, make_dataset, parse_splits, read_dedup
+        from llmos_cli.data.on_ray import check_place
 
         request = Request(
             tuple(paths),
@@ -100,6 +105,7 @@ def shard(
             parse_splits(split),
             read_dedup(dedup),
             labels_from,
+            check_place(on),
         )
         start = time.monotonic()
         made = make_dataset(store, ref, request, progress=here.out.progress, stdin=sys.stdin.buffer)
@@ -199,15 +205,3 @@ def _end(here: "Session", meta: "Mapping[str, Json]", ref: str) -> None:
             f"{ref} was made without {' and '.join(parts)} that cannot be used",
             hint=f"llmos checkout {ref} DIR writes them to report/left-out.jsonl" if records else None,
         )
-
-
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmg]?)(i?)b?\Z", re.IGNORECASE | re.ASCII)
-
-
-def parse_size(text: str) -> int:
-    """Read "4MB", "64MiB", "1.5G" or a plain number of bytes; raises UsageError."""
-    match = _SIZE.match(text.strip())
-    if not match or (match[3] and not match[2]):
-        raise UsageError(f"{text!r} is not a size", hint="write 4MB, 64MiB or a number of bytes")
-    power = " kmg".index(match[2].lower() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

@@ -20,6 +20,7 @@ from llmos_cli.data.dedup import Dedup
 from llmos_cli.data.encode import Encoded
 from llmos_cli.data.inputs import STDIN, Input, find_inputs
 from llmos_cli.data.layout import LAYOUT, SPLITS, dtype_name, token_dtype
+from llmos_cli.data.on_ray import keep_slices
 from llmos_cli.data.shards import Shape, Shards, write_shards
 from llmos_cli.data.slices import VERSION, Job, LeftOut, drop_kept, encode_kept
 from llmos_cli.data.survey import Survey, read_texts, take_survey
@@ -52,7 +53,8 @@ _REPORTED: Final = 10_000
 @dataclass(frozen=True)
 class Request:
     """What to make. `field` names the fields of records (fields.py tells how); with it, standard input is JSON lines.
-    `splits` are the shares of valid and test; `labels_from` is a ref whose labels are to be used.
+    `splits` are the shares of valid and test; `labels_from` is a ref whose labels are to be used. `place` is a cluster
+    that is to do the work; it decides nothing.
     """
 
     inputs: Sequence[str]
@@ -65,6 +67,7 @@ class Request:
     splits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dedup: Dedup | None = None
     labels_from: str | None = None
+    place: str | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ def _make(
     shape = Shape(request.task, request.seq_len, request.shard_size, dtype, pad_id)
     left: list[LeftOut] = []
     with progress.task("tokenizing", total=job.corpus.size) as task:
-        shards = write_shards(tx, _runs(tx.store, job, left), shape, task=task)
+        shards = write_shards(tx, _runs(tx.store, job, left, request.place), shape, task=task)
     _say_left_out(left, progress)
     if not shards.documents:
         raise UsageError(
@@ -226,9 +229,9 @@ def _make(
     return Manifest("dataset", shards.files + entries, _facts(request, job, survey, shards, shape, left), recipe)
 
 
-def _runs(store: Store, job: Job, left: list[LeftOut]) -> Iterator[Encoded]:
+def _runs(store: Store, job: Job, left: list[LeftOut], place: str | None) -> Iterator[Encoded]:
     """The runs of all slices in order; what is left out is put aside."""
-    for number in range(len(job.slices)):
+    for number in keep_slices(store, job, place) if place else range(len(job.slices)):
         for run in encode_kept(store, job, number):
             if isinstance(run, LeftOut):
                 left.append(run)

@@ -4,10 +4,11 @@ A `Job` is plain values that can be pickled. What was done of it is kept in the 
 decides it, so that a run after a kill goes on from there; it goes once the dataset is there, or a week later with gc.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -68,7 +69,7 @@ class Job:
         return slices_of(self.corpus)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("encoding", "slices")}
+        return {name: value for name, value in self.__dict__.items() if name != "encoding"} | {"slices": self.slices}
 
 
 def encode_slice(job: Job, number: int) -> Iterator[Encoded | LeftOut]:
@@ -94,13 +95,13 @@ def encode_slice(job: Job, number: int) -> Iterator[Encoded | LeftOut]:
 
 def encode_kept(store: Store, job: Job, number: int) -> Iterator[Encoded | LeftOut]:
     """As `encode_slice`; what was kept of a run before is taken, and what is new is kept."""
-    path = partial_path(store, f"shard:{slice_key(job, number)}")
+    path = _path(store, job, number)
     if _is_whole(path):
         yield from _read_kept(path)
         return
     temp = durable.temp_path(store.tmp)
     with durable.new_file(temp) as file:
-        writer = _Writer(file)
+        writer = _Writer(partial(durable.write_all, file))
         for run in encode_slice(job, number):
             writer.add(run)
             yield run
@@ -108,10 +109,30 @@ def encode_kept(store: Store, job: Job, number: int) -> Iterator[Encoded | LeftO
     durable.publish(temp, path)
 
 
+def encode_bytes(job: Job, number: int) -> bytes:
+    """A slice as the file that is kept of it."""
+    file = BytesIO()
+    writer = _Writer(file.write)
+    for run in encode_slice(job, number):
+        writer.add(run)
+    writer.finish()
+    return file.getvalue()
+
+
+def is_kept(store: Store, job: Job, number: int) -> bool:
+    """Whether a slice was done before."""
+    return _is_whole(_path(store, job, number))
+
+
+def keep(store: Store, job: Job, number: int, data: bytes) -> None:
+    """Keep what `encode_bytes` gave."""
+    durable.write_file(_path(store, job, number), data)
+
+
 def drop_kept(store: Store, job: Job) -> None:
     """Remove what was kept; the dataset is in the store."""
     for number in range(len(job.slices)):
-        path = partial_path(store, f"shard:{slice_key(job, number)}")
+        path = _path(store, job, number)
         if path.exists():
             drop_partial(path)
 
@@ -211,8 +232,8 @@ def _unseen(job: Job, label: str | None) -> BadRecord:
 class _Writer:
     """Writes runs one after the other: a head as JSON, then the bytes of the arrays; at the end the id of it all."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hasher = file, IdHasher()
+    def __init__(self, write: Callable[[bytes], object]) -> None:
+        self._out, self._hasher = write, IdHasher()
 
     def add(self, run: Encoded | LeftOut) -> None:
         if isinstance(run, LeftOut):
@@ -226,14 +247,18 @@ class _Writer:
 
     def finish(self) -> None:
         self._put(b"")
-        durable.write_all(self._file, self._hasher.id())
+        self._out(self._hasher.id())
 
     def _put(self, head: bytes) -> None:
         self._write(len(head).to_bytes(4, "little") + head)
 
     def _write(self, data: bytes) -> None:
         self._hasher.update(data)
-        durable.write_all(self._file, data)
+        self._out(data)
+
+
+def _path(store: Store, job: Job, number: int) -> Path:
+    return partial_path(store, f"shard:{slice_key(job, number)}")
 
 
 def _is_whole(path: Path) -> bool:
