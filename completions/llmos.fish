@@ -361,6 +361,7 @@ complete -c llmos -n '__llmos_at train' -l fork -r -f -d 'Go on from a checkpoin
 complete -c llmos -n '__llmos_at train' -l allow -r -f -d 'What may differ from the checkpoint when resuming.'
 complete -c llmos -n '__llmos_at train' -l plan -d 'Say what the run would take and what fits this machine; train nothing.'
 complete -c llmos -n '__llmos_at train' -l resume -d 'Go on from NAME:checkpoint; options not given are taken from it.'
+complete -c llmos -n '__llmos_at train' -l verify-resume -d 'Only prove it: kill and resume a short run twice, and compare the ids.'
 complete -c llmos -n '__llmos_at train' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at train' -l json -d 'One JSON object on stdout.'
 complete -c llmos -n '__llmos_at train' -l quiet -s q -d 'No messages, no progress.'
@@ -401,7 +402,11 @@ complete -c llmos -n '__llmos_at eval' -l help -s h -d 'Show help and exit.'
 complete -c llmos -n '__llmos_at quantize' -f -a '(__llmos_refs)'
 complete -c llmos -n '__llmos_at quantize' -l scheme -r -f -a 'int8 int4 w8a8 fp8' -d 'How weights are stored; see below.'
 complete -c llmos -n '__llmos_at quantize' -l group -r -f -a '32 64 128' -d 'Of int4: weights of a row with one scale.  [default: 32]'
+<<<<<<< HEAD
 complete -c llmos -n '__llmos_at quantize' -l method -r -f -d 'How values are found: gptq, awq, search, hqq or rtn for int4, smooth or rtn for w8a8; see below.'
+=======
+complete -c llmos -n '__llmos_at quantize' -l method -r -f -a 'gptq search hqq rtn' -d 'Of int4: calibrated on data; or, without, scales for the least error or the robust one, or plain rounding.  [default: gptq]'
+>>>>>>> 6f42d38 (train --verify-resume proves for one's own configuration that a killed run ends in the ids of one that ran through)
 complete -c llmos -n '__llmos_at quantize' -l data -r -f -a '(__llmos_refs)' -d 'To calibrate and compare on.  [default: what the model was trained on]'
 complete -c llmos -n '__llmos_at quantize' -l calibrate-on -r -f -a '(__llmos_refs)' -d 'To calibrate on, if not --data.'
 complete -c llmos -n '__llmos_at quantize' -l calibration-rows -r -f -d 'Calibrate on this many evenly spaced rows.'

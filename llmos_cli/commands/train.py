@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmos_cli.errors import from_os_error
-from llmos_cli.ui.session import session
+from llmos_cli.ui.session import Session, session
 from llmos_cli.ui.text import count, duration, size
 
 if TYPE_CHECKING:
     from llmos_cli.formats.canonical import Json
+    from llmos_cli.store.local import Store
     from llmos_cli.train.plan import Plan
     from llmos_cli.train.result import Trained
     from llmos_cli.train.run import Started
     from llmos_cli.train.saver import Saved
+    from llmos_cli.train.verify import Asked
     from llmos_cli.ui.output import Output
 
 
@@ -111,6 +113,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from NAME:checkpoint; options not given are taken from it.")
     ] = False,
+    verify_resume: Annotated[
+        bool,
+        typer.Option("--verify-resume", help="Only prove it: kill and resume a short run twice, and compare the ids."),
+    ] = False,
 ) -> None:
     """Train a model on a dataset, for the task that it was made for.
 
@@ -123,11 +129,13 @@ def train(
       llmos train tiny --resume
       llmos train big --data web --depth 16 --batch 64 --plan
       llmos train tiny2 --fork tiny@200 --lr 1e-4
+      llmos train tiny --data web --depth 4 --verify-resume
       llmos train tuned --data notes --model tiny --steps 100 --lr 1e-4 --precision bf16
     """
     from llmos_cli.train.config import Options, Retention, parse_allowed, parse_model_config, parse_spans
     from llmos_cli.train.plan import hold_run, make_plan
     from llmos_cli.train.result import publish_model, use_made
+    from llmos_cli.train.verify import Asked
 
     here = session(ctx)
     options = Options(
@@ -169,6 +177,9 @@ def train(
             here.out.result(prospect_json(plan, found))
             show_prospect(here.out, plan, found)
             return
+        if verify_resume:
+            _verify(here, store, plan, Asked(name, data, model, fork, options))
+            return
         if plan.made is not None:
             trained = use_made(store, plan, plan.made)
         elif plan.resume and plan.start == plan.config.steps:
@@ -185,6 +196,27 @@ def train(
             )
     here.out.result(_as_json(trained))
     _show(here.out, plan, trained)
+
+
+def _verify(here: Session, store: "Store", plan: "Plan", asked: "Asked") -> None:
+    from llmos_cli.train.verify import verify
+
+    found = verify(store, plan, asked, safe=here.safe_stores, progress=here.out.progress)
+    here.out.result(
+        {
+            "equal": True,
+            "steps": found.steps,
+            "killed_at": list(found.killed_at),
+            "resumed_at": list(found.resumed_at),
+            "id": str(found.model),
+            "checkpoint": str(found.checkpoint),
+        }
+    )
+    killed, resumed = (" and ".join(map(str, steps)) for steps in (found.killed_at, found.resumed_at))
+    here.out.line(
+        f"killed after steps {killed} of {found.steps} and resumed at {resumed}, it ended in the ids of a run that ran "
+        f"through: model @{found.model.short}, checkpoint @{found.checkpoint.short}"
+    )
 
 
 def _read(path: Path) -> bytes:

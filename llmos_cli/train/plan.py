@@ -110,11 +110,13 @@ def make_plan(
     resume: bool = False,
     fork: str | None = None,
     allow: Collection[str] = (),
+    anew: bool = False,
 ) -> Plan:
     """Decide what to train; raises UsageError, NotFound, Unsafe or Damaged for what cannot be.
 
     With `fork` it begins with that checkpoint, optimizer and all, and takes from it what is not said. With `allow`
-    ("data", "config") a resumed run may differ in that from its checkpoint, and is a fork of it.
+    ("data", "config") a resumed run may differ in that from its checkpoint, and is a fork of it. With `anew` it is made
+    even if it was made before.
     """
     target = parse_ref(name)
     if target.tag == CHECKPOINT_TAG:
@@ -171,7 +173,7 @@ def make_plan(
             hint="give more --steps",
         )
     recipe = Recipe("train", config.params(), inputs, (), config.seed, _tools())
-    made = find_made(store, recipe)
+    made = None if anew else find_made(store, recipe)
     if found is not None and made is None:
         if resume and differs:
             raise UsageError(

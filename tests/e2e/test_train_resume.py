@@ -40,7 +40,7 @@ class Sandbox:
 
     def run(self, *words: str, code: int = 0) -> tuple[str, str]:
         process = self.start(*words)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=240)
         assert process.returncode == code, err
         return out, err
 
@@ -134,6 +134,24 @@ def test_killed_stopped_and_resumed_gives_the_same_ids(sandbox: Sandbox, tmp_pat
     assert other.steps() == list(range(1, STEPS + 1))
     assert other.result(*TRAIN)["unchanged"] is True
     other.run("fsck")
+
+
+@pytest.mark.slow
+def test_the_proof_for_ones_own_configuration(sandbox: Sandbox) -> None:
+    """It kills and resumes for real, and leaves nothing to be found."""
+    before = sandbox.run("ls", "--json")[0]
+    found = sandbox.result(*TRAIN, "--verify-resume")
+    assert found["equal"] is True
+    first, second = found["killed_at"]
+    assert 0 < first < second <= found["steps"] == 24
+    assert 0 < found["resumed_at"][0] <= first
+    assert found["resumed_at"][0] <= found["resumed_at"][1] <= second
+    assert sandbox.run("ls", "--json")[0] == before
+    assert sandbox.steps() == []
+    assert [path.name for path in (sandbox.store / "refs").iterdir()] == ["text"]
+    # What it made is not taken for what this run has made.
+    assert sandbox.result(*TRAIN, "--steps", "24")["unchanged"] is False
+    sandbox.run("fsck")
 
 
 @pytest.mark.root
