@@ -108,13 +108,8 @@ _llmos_spec() {
             rest="files refs"
             ;;
         "train")
-<<<<<<< HEAD
-            opts=(--data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --plan --resume --store --json --quiet -q --verbose -v --help -h)
+            opts=(--data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --plan --resume --verify-resume --store --json --quiet -q --verbose -v --help -h)
             valued=(--data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --store)
-=======
-            opts=(--data --model --depth --config --steps --batch --lr --precision --save-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --resume --verify-resume --store --json --quiet -q --verbose -v --help -h)
-            valued=(--data --model --depth --config --steps --batch --lr --precision --save-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --store)
->>>>>>> 6f42d38 (train --verify-resume proves for one's own configuration that a killed run ends in the ids of one that ran through)
             places=(refs)
             ;;
         "tune")
@@ -128,8 +123,8 @@ _llmos_spec() {
             places=(refs)
             ;;
         "quantize")
-            opts=(--scheme --group --method --data --calibrate-on --calibration-rows --max-rows --store --json --quiet -q --verbose -v --help -h)
-            valued=(--scheme --group --method --data --calibrate-on --calibration-rows --max-rows --store)
+            opts=(--scheme --for --group --method --data --calibrate-on --calibration-rows --bits --sparsity --max-memory --max-rows --store --json --quiet -q --verbose -v --help -h)
+            valued=(--scheme --for --group --method --data --calibrate-on --calibration-rows --bits --sparsity --max-memory --max-rows --store)
             places=(refs refs)
             ;;
         "export")
@@ -234,10 +229,6 @@ _llmos_value() {
         "tune --pruner") kind="words median hyperband none" ;;
         "quantize --scheme") kind="words int8 int4 w8a8 fp8" ;;
         "quantize --group") kind="words 32 64 128" ;;
-<<<<<<< HEAD
-=======
-        "quantize --method") kind="words gptq search hqq rtn" ;;
->>>>>>> 6f42d38 (train --verify-resume proves for one's own configuration that a killed run ends in the ids of one that ran through)
         "export --format") kind="words hf gguf" ;;
     esac
 }

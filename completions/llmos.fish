@@ -400,16 +400,16 @@ complete -c llmos -n '__llmos_at eval' -l help -s h -d 'Show help and exit.'
 
 # llmos quantize
 complete -c llmos -n '__llmos_at quantize' -f -a '(__llmos_refs)'
-complete -c llmos -n '__llmos_at quantize' -l scheme -r -f -a 'int8 int4 w8a8 fp8' -d 'How weights are stored; see below.'
+complete -c llmos -n '__llmos_at quantize' -l scheme -r -f -a 'int8 int4 w8a8 fp8' -d 'How weights are stored; see below.  [default: int8]'
+complete -c llmos -n '__llmos_at quantize' -l for -r -f -d 'transformers, vllm, llama.cpp, cpu or h100: a form that it has a kernel for.'
 complete -c llmos -n '__llmos_at quantize' -l group -r -f -a '32 64 128' -d 'Of int4: weights of a row with one scale.  [default: 32]'
-<<<<<<< HEAD
 complete -c llmos -n '__llmos_at quantize' -l method -r -f -d 'How values are found: gptq, awq, search, hqq or rtn for int4, smooth or rtn for w8a8; see below.'
-=======
-complete -c llmos -n '__llmos_at quantize' -l method -r -f -a 'gptq search hqq rtn' -d 'Of int4: calibrated on data; or, without, scales for the least error or the robust one, or plain rounding.  [default: gptq]'
->>>>>>> 6f42d38 (train --verify-resume proves for one's own configuration that a killed run ends in the ids of one that ran through)
 complete -c llmos -n '__llmos_at quantize' -l data -r -f -a '(__llmos_refs)' -d 'To calibrate and compare on.  [default: what the model was trained on]'
 complete -c llmos -n '__llmos_at quantize' -l calibrate-on -r -f -a '(__llmos_refs)' -d 'To calibrate on, if not --data.'
 complete -c llmos -n '__llmos_at quantize' -l calibration-rows -r -f -d 'Calibrate on this many evenly spaced rows.'
+complete -c llmos -n '__llmos_at quantize' -l bits -r -f -d 'Of int4: this size, in bits a weight, from layers of 4 and 8 bits.'
+complete -c llmos -n '__llmos_at quantize' -l sparsity -r -f -d 'Set the smallest weights to zero.'
+complete -c llmos -n '__llmos_at quantize' -l max-memory -r -f -d 'Refuse to take more memory.'
 complete -c llmos -n '__llmos_at quantize' -l max-rows -r -f -d 'Compare on this many evenly spaced rows.'
 complete -c llmos -n '__llmos_at quantize' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
 complete -c llmos -n '__llmos_at quantize' -l json -d 'One JSON object on stdout.'
