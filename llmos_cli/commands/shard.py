@@ -148,10 +148,12 @@ def shard(
     here.out.say(f"{size(numbers['text_bytes'])} of text in {duration(seconds)}, {size(made.stored)} stored")
     if numbers["rows"] == 0:
         here.out.warn(f"{ref} has less than one row of {numbers['seq_len']} tokens: too little to train on")
-    elif isinstance(meta.get("labels"), list) and not labels_from:
-        here.out.hint(f"llmos shard TEST.csv NAME --task {task} --tokenizer {ref} --labels-from {ref}")
+    elif labels_from:
+        here.out.hint(f"llmos eval MODEL --data {ref}")
     else:
         here.out.hint(f"llmos train NAME --data {ref} --steps 200")
+        if isinstance(meta.get("labels"), list):
+            here.out.hint(f"llmos shard TEST.csv NAME --task {task} --tokenizer {ref} --labels-from {ref}")
     _end(here, made.manifest.meta, str(ref))
 
 

@@ -185,7 +185,7 @@ def _plan_job(
         task,
         keys,
         files,
-        f"tokenizer {request.tokenizer}",
+        request.tokenizer,
         dict(request.splits),
         survey.labels,
         labels.owner,

@@ -29,7 +29,7 @@ from llmos_cli.store.transaction import Commit, begin
 MIX: Final = "mix"
 MAX_SHARES: Final = 10_000
 _TOKENIZER: Final = "tokenizer/"
-_SAME: Final = ("task", "seq_len", "dtype", "vocab_size", "eos_token_id")
+_SAME: Final = ("task", "seq_len", "dtype", "vocab_size", "eos_token_id", "pad_token_id", "mask_token_id")
 _RUN: Final = 1024  # slots, at least, in which proportions are exact
 
 
@@ -78,7 +78,7 @@ def make_mix(store: Store, ref: RefName, shares: Sequence[Share]) -> tuple[Commi
         files += [replace(entry, path=folder + entry.path) for entry in part.files if entry not in files]
         facts = {key: part.meta[key] for key in ("documents", "tokens", "rows", "text_bytes", "splits")}
         mixed.append({"id": str(item.id), "weight": weight, **facts})
-    same = {key: parts[0].meta[key] for key in _SAME if key in parts[0].meta}
+    same = {key: parts[0].meta[key] for key in (*_SAME, "labels") if key in parts[0].meta}
     text_bytes, tokens = _sum(parts, "text_bytes"), _sum(parts, "tokens")
     meta: dict[str, Json] = {
         **same,
@@ -159,6 +159,11 @@ def _check_alike(name: str, part: Manifest, first_name: str, first: Manifest) ->
                 f"{name} has {key} {part.meta.get(key)}, {first_name} has {first.meta.get(key)}",
                 hint=f"shard the text with: --tokenizer {first_name} --seq-len {first.meta.get('seq_len')}",
             )
+    if part.meta.get("labels") != first.meta.get("labels"):
+        raise UsageError(
+            f"{name} numbers its labels otherwise than {first_name}",
+            hint=f"shard it with: --tokenizer {first_name} --labels-from {first_name}",
+        )
     ours, theirs = (
         [entry for entry in manifest.files if entry.path.startswith(_TOKENIZER)] for manifest in (part, first)
     )

@@ -25,7 +25,10 @@ def show_splits(out: Output, meta: Mapping[str, Any]) -> None:
     splits = {split: facts for split, facts in _tables(meta.get("splits")) if isinstance(facts, Mapping)}
     for number, part in enumerate(meta.get("mix") or ()):
         if isinstance(part, Mapping):
-            splits |= {f"{number} x{part.get('weight')} {split}": facts for split, facts in _tables(part.get("splits"))}
+            splits |= {
+                f"dataset{number:03} x{part.get('weight')} {split}": facts
+                for split, facts in _tables(part.get("splits"))
+            }
     if not splits:
         return
     columns = ("documents", "tokens", "rows", "shards")
@@ -36,7 +39,7 @@ def show_splits(out: Output, meta: Mapping[str, Any]) -> None:
         out.line(f"  rows are {percent(fill, 1)} full")
     for split, facts in splits.items():
         _bars(out, f"tokens in a document, {split}", _lengths(facts.get("lengths")))
-        labels = _counts(facts.get("labels"))
+        labels = _labels(facts.get("labels"), meta.get("labels"))
         _bars(out, f"labels, {split}", labels[:SHOWN_LABELS], len(labels) - SHOWN_LABELS)
 
 
@@ -132,6 +135,15 @@ def _counts(value: Any) -> list[tuple[str, int]]:
     """Names and numbers, the largest number first."""
     held = value.items() if isinstance(value, Mapping) else ()
     return sorted(((str(key), item) for key, item in held if isinstance(item, int)), key=lambda item: -item[1])
+
+
+def _labels(value: Any, names: Any) -> list[tuple[str, int]]:
+    """Labels, which are counted by number, by name."""
+    words = names if isinstance(names, Sequence) else ()
+    return [
+        (str(words[int(key)]) if key.isascii() and key.isdigit() and int(key) < len(words) else key, number)
+        for key, number in _counts(value)
+    ]
 
 
 def _lengths(value: Any) -> list[tuple[str, int]]:

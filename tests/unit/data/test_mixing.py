@@ -11,6 +11,7 @@ from llmos_cli.data.mixing import make_mix, mixed_order, parse_mix, training_ord
 from llmos_cli.data.order import Order, order_of, rows_of
 from llmos_cli.data.shards import Shape, write_shards
 from llmos_cli.errors import UsageError
+from llmos_cli.formats.canonical import Json
 from llmos_cli.formats.ids import object_id
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.formats.names import parse_ref
@@ -21,14 +22,16 @@ from llmos_cli.store.transaction import begin
 U16 = np.dtype("<u2")
 
 
-def put(store: Store, name: str, first: int, rows: int, *, seq_len: int = 4, tokenizer: bytes = b"{}") -> None:
+def put(
+    store: Store, name: str, first: int, rows: int, *, seq_len: int = 4, tokenizer: bytes = b"{}", **facts: Json
+) -> None:
     """A dataset of full rows of equal tokens, numbered from `first`."""
     ids = np.repeat(np.arange(first, first + rows), seq_len).astype(U16)
     run = Encoded(ids, np.arange(1, rows + 1) * seq_len, ids.size, np.zeros((rows, 3), np.int64))
     with begin(store, purpose="test", ref=parse_ref(name)) as tx, Silent().task("x") as bar:
         shape = Shape("lm", seq_len, 40, U16, 0)
         made = write_shards(tx, iter([run]), shape, task=bar)
-        meta = {"task": "lm", "seq_len": seq_len, "dtype": "U16", "text_bytes": 8, **made.facts(shape)}
+        meta = {"task": "lm", "seq_len": seq_len, "dtype": "U16", "text_bytes": 8, **made.facts(shape), **facts}
         files = (*made.files, tx.add_bytes("tokenizer/tokenizer.json", tokenizer))
         tx.commit(Manifest("dataset", files, meta), message="test")
 
@@ -84,6 +87,15 @@ def test_datasets_that_do_not_fit_together_are_named(store: Store) -> None:
     for name, why in (("long", "long has seq_len 8, web has 4"), ("other", "another tokenizer"), ("web", "twice")):
         with pytest.raises(UsageError, match=why):
             make_mix(store, parse_ref("both"), parse_mix(f"web,{name}"))
+
+
+def test_labels_are_numbered_alike_and_stay_known(store: Store) -> None:
+    for name, labels in (("one", ["a", "b"]), ("same", ["a", "b"]), ("turned", ["b", "a"])):
+        put(store, name, len(name) * 100, 6, labels=labels, pad_token_id=3)
+    mix = make_mix(store, parse_ref("both"), parse_mix("one,same"))[1]
+    assert (mix.meta["labels"], mix.meta["pad_token_id"]) == (["a", "b"], 3)
+    with pytest.raises(UsageError, match="turned numbers its labels otherwise than one"):
+        make_mix(store, parse_ref("both"), parse_mix("one,turned"))
 
 
 @settings(max_examples=20)
