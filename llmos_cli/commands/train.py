@@ -7,6 +7,7 @@ import typer
 
 from llmos_cli.errors import from_os_error
 from llmos_cli.ui.session import Session, session
+from llmos_cli.ui.settings import read_settings
 from llmos_cli.ui.text import count, duration, size
 
 if TYPE_CHECKING:
@@ -26,6 +27,18 @@ def train(
         str, typer.Argument(metavar="NAME[:TAG]", help="The model's ref; NAME:checkpoint holds its checkpoints.")
     ],
     *,
+    file: Annotated[  # its callback hands what it says to the others
+        Path | None,
+        typer.Option(
+            "--file",
+            metavar="FILE",
+            help="Options from a TOML file; those typed go before.",
+            show_default=False,
+            readable=False,
+            is_eager=True,
+            callback=read_settings,
+        ),
+    ] = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="REF", help="The dataset to train on.", show_default=False)
     ] = None,
@@ -130,6 +143,7 @@ def train(
       llmos train big --data web --depth 16 --batch 64 --plan
       llmos train tiny2 --fork tiny@200 --lr 1e-4
       llmos train tiny --data web --depth 4 --verify-resume
+      llmos train tiny --file train.toml --seed 7
       llmos train tuned --data notes --model tiny --steps 100 --lr 1e-4 --precision bf16
     """
     from llmos_cli.train.config import Options, Retention, parse_allowed, parse_model_config, parse_spans
