@@ -7,7 +7,7 @@ import typer
 
 from llmos_cli.errors import UsageError
 from llmos_cli.ui.session import session
-from llmos_cli.ui.text import percent, plural, size
+from llmos_cli.ui.text import parse_size, percent, plural, size
 
 if TYPE_CHECKING:
     from llmos_cli.quantize.run import QuantizeResult
@@ -22,8 +22,20 @@ def quantize(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The ref to move, NAME or NAME:TAG.", show_default=False)],
     *,
     scheme: Annotated[
-        str, typer.Option("--scheme", metavar="int8|int4|w8a8|fp8", help="How weights are stored; see below.")
-    ] = "int8",
+        str | None,
+        typer.Option(
+            "--scheme", metavar="int8|int4|w8a8|fp8", help="How weights are stored; see below.  [default: int8]"
+        ),
+    ] = None,
+    target_for: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="PROGRAM",
+            help="transformers, vllm, llama.cpp, cpu or h100: a form that it has a kernel for.",
+            show_default=False,
+        ),
+    ] = None,
     group: Annotated[
         int | None,
         typer.Option("--group", metavar="32|64|128", help="Of int4: weights of a row with one scale.  [default: 32]"),
@@ -50,6 +62,20 @@ def quantize(
     calibration_rows: Annotated[
         int, typer.Option("--calibration-rows", metavar="N", min=1, help="Calibrate on this many evenly spaced rows.")
     ] = 128,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits", metavar="X", min=1.0, help="Of int4: this size, in bits a weight, from layers of 4 and 8 bits."
+        ),
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option("--sparsity", metavar="SHARE|2:4", help="Set the smallest weights to zero.", show_default=False),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option("--max-memory", metavar="SIZE", help="Refuse to take more memory.", show_default=False),
+    ] = None,
     max_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Compare on this many evenly spaced rows.")] = 128,
 ) -> None:
     """Make a model smaller and say what that costs in quality.
@@ -67,12 +93,14 @@ def quantize(
       llmos quantize tiny tiny-int8 --scheme int8
       llmos quantize base base:int4 --scheme int4 --data web
       llmos quantize base base:int4 --scheme int4 --method search --group 64 --json
+      llmos quantize base base:small --bits 4.8 --for transformers
     """
     from llmos_cli.formats.names import parse_ref
     from llmos_cli.quantize.against import hold_against
     from llmos_cli.quantize.quality import dataset_of
     from llmos_cli.quantize.run import METHODS, SCHEMES, make_request
     from llmos_cli.quantize.run import quantize as run
+    from llmos_cli.quantize.targets import TARGETS, scheme_for
     from llmos_cli.store.leases import hold
     from llmos_cli.store.packs.objects import read_manifest
     from llmos_cli.store.refs.lineage import ref_labels
@@ -86,6 +114,13 @@ def quantize(
         if word is not None and word not in known:
             near = difflib.get_close_matches(word, known, 1, 0.3)
             raise UsageError(f"unknown {what} {word!r}", hint=f"use --{what} {(near or known)[0]}")
+    if target_for is not None:
+        if target_for not in TARGETS:
+            near = difflib.get_close_matches(target_for, TARGETS, 1, 0.3)
+            raise UsageError(f"nothing is known of {target_for!r}", hint=f"use --for {(near or sorted(TARGETS))[0]}")
+        scheme = scheme_for(target_for, scheme or ("int4" if bits is not None else None))
+    scheme = scheme or ("int4" if bits is not None else "int8")
+    most = parse_size(max_memory) if max_memory else None
     with here.open_store() as store:
         source = resolve(store, ref)
         with hold(store, "quantize", [source.id]):
@@ -101,9 +136,21 @@ def quantize(
                 method=method,
                 data=calibration.id if calibration else None,
                 rows=calibration_rows,
+                bits=bits,
+                sparsity=sparsity,
+                plain_ends=target_for is not None and TARGETS[target_for].plain_ends,
             )
             compared_on = dataset.id if dataset else None
-            result = run(store, source.id, request, target, compared_on=compared_on, progress=out.progress)
+            result = run(
+                store,
+                source.id,
+                request,
+                target,
+                compared_on=compared_on,
+                max_memory=most,
+                started=lambda needed: out.say(f"this takes about {size(needed)} of memory"),
+                progress=out.progress,
+            )
             compared = None
             if dataset:
                 compared = hold_against(

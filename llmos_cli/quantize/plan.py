@@ -8,11 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 from typing import Final
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmos_cli.errors import Damaged, LlmosError, UsageError
 from llmos_cli.formats.manifest import FileEntry, Manifest
@@ -44,6 +46,7 @@ class Quantized:
     scale_names: tuple[str, ...]
     form: Form
     module: str
+    inner: bool = True  # neither the embedding nor the head
 
     @property
     def rows(self) -> int:
@@ -60,9 +63,13 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
-        weights = self.rows * self.columns * self.form.bits // 8
-        scales = self.rows * (self.columns // self.form.group if self.form.group else 1) * len(self.scale_names)
-        return weights + scales * (2 if self.form.group else 4) + (_SHAPE_BYTES if self.form.packed else 0)
+        return self.nbytes_as(self.form)
+
+    def nbytes_as(self, form: Form) -> int:
+        """Its bytes in some form, scales included."""
+        weights = self.rows * self.columns * form.bits // 8
+        scales = self.rows * (self.columns // form.group if form.group else 1) * len(self.scale_names)
+        return weights + scales * (2 if form.group else 4) + (_SHAPE_BYTES if form.packed else 0)
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,17 @@ class QuantizePlan:
         return 8 * self.bytes_after / self.parameters if self.parameters else 0.0
 
 
-def make_plan(store: Store, manifest: Manifest, asked: Form) -> QuantizePlan:
-    """Decide for every tensor of a model or checkpoint; raises UsageError for one that is quantized already."""
+def make_plan(
+    store: Store,
+    manifest: Manifest,
+    asked: Form,
+    choices: Mapping[str, Form] = MappingProxyType({}),
+    *,
+    plain_ends: bool = False,
+) -> QuantizePlan:
+    """Decide for every tensor of a model or checkpoint; raises UsageError for one that is quantized already. `choices`
+    are forms for some modules by name, instead of the one that was asked for. With `plain_ends` what would take eight
+    bits instead of the form that was asked for stays as it is, and so do the embedding and the head."""
     if manifest.kind not in ("model", "checkpoint"):
         raise UsageError(f"a {manifest.kind} cannot be quantized", hint="name a model or a checkpoint: llmos ls")
     config = load_config(store, manifest)
@@ -117,7 +133,10 @@ def make_plan(store: Store, manifest: Manifest, asked: Form) -> QuantizePlan:
             reason = "its weight is stored under another name"
         if reason is None:
             reason = next((text for name in found if (text := _unfit(table[name][1]))), None)
-        form, note = _form_for(model, group, asked) if reason is None else (None, None)
+        wanted = next((choices[name] for name in group if name in choices), asked)
+        form, note = _form_for(model, group, wanted) if reason is None else (None, None)
+        if plain_ends and form is not None and (form != wanted or _ends(model, group)):
+            form, note = None, "the program it is made for would not read it"
         reason = reason or (note if form is None else None)
         sharing = [name + SCALE for name in group if stored[name] is None]
         for name in group:
@@ -128,10 +147,14 @@ def make_plan(store: Store, manifest: Manifest, asked: Form) -> QuantizePlan:
                 if note and tensor is not None:
                     notes[tensor] = note
             if form is not None and tensor is not None:
+                if plain_ends and type(model.get_submodule(name)) is Conv1D:
+                    raise LlmosError(
+                        f"only transformers reads quantized {config.model_type} models", hint="leave out --for"
+                    )
                 scales = (tensor.removesuffix(WEIGHT) + SCALE, *sharing)
-                quantized[tensor] = _quantized(table, tensor, model, name, scales, form)
+                quantized[tensor] = _quantized(table, tensor, model, name, scales, form, inner=not _ends(model, group))
                 sharing = []
-    if asked not in forms.values():
+    if not {asked, *choices.values()} & set(forms.values()):
         raise LlmosError(f"no layer of this {model.config.model_type} model can be quantized to {asked.name}")
     ignored = frozenset(name for name, reason in reasons.items() if reason is not None)
     scheme = Scheme(_targets(model, forms, asked), ignored)
@@ -151,25 +174,31 @@ def make_plan(store: Store, manifest: Manifest, asked: Form) -> QuantizePlan:
 
 def _form_for(model: PreTrainedModel, group: list[str], asked: Form) -> tuple[Form | None, str | None]:
     """The form of modules that share a weight, and why it is not the one that was asked for."""
-    modules = [model.get_submodule(name) for name in group]
-    head = model.get_output_embeddings()
-    if asked != INT8 and any(isinstance(module, nn.Embedding) or module is head for module in modules):
+    if asked != INT8 and _ends(model, group):
         if asked.dynamic:
             return None, "the embedding and the head lose most and gain little"
         return INT8, "int8: the embedding and the head lose most with few bits"
-    weight = modules[0].weight
+    module = model.get_submodule(group[0])
+    weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    columns = weight.shape[1 if isinstance(modules[0], nn.Linear | nn.Embedding) else 0]
+    columns = weight.shape[1 if isinstance(module, nn.Linear | nn.Embedding) else 0]
     if asked.group and columns % asked.group:
         return INT8, f"int8: its {columns} columns are no multiple of {asked.group}"
     return asked, None
 
 
+def _ends(model: PreTrainedModel, group: list[str]) -> bool:
+    """Whether one of these modules is the embedding or the head."""
+    head = model.get_output_embeddings()
+    modules = [model.get_submodule(name) for name in group]
+    return any(isinstance(module, nn.Embedding) or module is head for module in modules)
+
+
 def _targets(model: PreTrainedModel, forms: Mapping[str, Form], asked: Form) -> dict[Form, frozenset[str]]:
     """What takes each form: the one that was asked for by class, others by name."""
     classes = frozenset(QUANTIZABLE[type(model.get_submodule(name))] for name, form in forms.items() if form == asked)
-    named: dict[Form, frozenset[str]] = {asked: classes}
-    for form in sorted({form for form in forms.values() if form != asked}, key=lambda form: form.name):
+    named: dict[Form, frozenset[str]] = {asked: classes} if classes else {}
+    for form in sorted({form for form in forms.values() if form != asked}, key=lambda form: (form.name, form.group)):
         named[form] = frozenset(name for name, taken in forms.items() if taken == form)
     return named
 
@@ -221,6 +250,8 @@ def _quantized(
     name: str,
     scale_names: tuple[str, ...],
     form: Form,
+    *,
+    inner: bool,
 ) -> Quantized:
     (entry, info), module = table[tensor], model.get_submodule(name)
     weight = module.weight
@@ -230,4 +261,4 @@ def _quantized(
             f"the weights do not fit config.json: tensor {info.name!r} has the shape {list(info.shape)} "
             f"instead of {list(weight.shape)}"
         )
-    return Quantized(entry, info, not isinstance(module, nn.Linear | nn.Embedding), scale_names, form, name)
+    return Quantized(entry, info, not isinstance(module, nn.Linear | nn.Embedding), scale_names, form, name, inner)

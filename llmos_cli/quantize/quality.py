@@ -60,7 +60,7 @@ def evaluate(
         if number is not None and number < 1:
             raise UsageError(f"--{name} must be at least 1, not {number}")
     model_manifest, data_manifest = read_manifest(store, model), read_manifest(store, data)
-    if model_manifest.kind not in ("model", "checkpoint"):
+    if model_manifest.kind not in ("model", "checkpoint", "adapter"):
         raise UsageError(f"a {model_manifest.kind} cannot be evaluated", hint="name a model or a checkpoint: llmos ls")
     rows = TokenRows(store, data_manifest, split=check_split(data_manifest, split))
     limit = max_rows if max_rows is not None and max_rows < rows.rows else None

@@ -26,6 +26,7 @@ from llmos_cli.progress import Progress, Task
 from llmos_cli.quantize import grid
 from llmos_cli.quantize.grid import Grid
 from llmos_cli.quantize.plan import Quantized, QuantizePlan
+from llmos_cli.quantize.prune import prune
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import FileReader, open_file
 from llmos_cli.store.transaction import Tensor, Transaction
@@ -75,6 +76,7 @@ def write_quantized(
     asked: Form,
     rounding: Rounding = grid.rtn,
     calibrated: Calibrated,
+    sparsity: str | None = None,
     progress: Progress,
 ) -> Manifest:
     """Add the quantized form of the model `source` to the transaction; what it returns is yet to be committed.
@@ -83,7 +85,7 @@ def write_quantized(
     """
     store = tx.store
     with progress.task("quantizing", total=plan.bytes_before) as task, _threads() as pool:
-        weights = tx.add_tensors(WEIGHTS_FILE, _tensors(store, plan, rounding, calibrated, pool, task))
+        weights = tx.add_tensors(WEIGHTS_FILE, _tensors(store, plan, rounding, calibrated, sparsity, pool, task))
     config = tx.add_bytes(CONFIG_FILE, _config(store, source, plan))
     meta: dict[str, Json] = {
         "scheme": asked.name,
@@ -94,6 +96,8 @@ def write_quantized(
     }
     if asked.group:
         meta["group"] = asked.group
+    if sparsity is not None:
+        meta["sparsity"] = sparsity
     return Manifest("model", (*_companions(source), config, weights), meta, recipe)
 
 
@@ -126,7 +130,13 @@ def _companions(manifest: Manifest) -> list[FileEntry]:
 
 
 def _tensors(
-    store: Store, plan: QuantizePlan, rounding: Rounding, calibrated: Calibrated, pool: ThreadPoolExecutor, task: Task
+    store: Store,
+    plan: QuantizePlan,
+    rounding: Rounding,
+    calibrated: Calibrated,
+    sparsity: str | None,
+    pool: ThreadPoolExecutor,
+    task: Task,
 ) -> Sequence[Tensor]:
     readers: dict[str, FileReader] = {}
 
@@ -135,7 +145,9 @@ def _tensors(
 
     tensors = [_kept(reader(entry), info, calibrated, task) for entry, info in plan.kept.values()]
     for item in plan.quantized.values():
-        tensors += _Source(reader(item.entry), item, rounding, calibrated, pool, task).tensors()
+        tensors += _Source(
+            reader(item.entry), item, rounding, calibrated, sparsity if item.inner else None, pool, task
+        ).tensors()
     return tensors
 
 
@@ -160,12 +172,14 @@ class _Source:
         item: Quantized,
         rounding: Rounding,
         calibrated: Calibrated,
+        sparsity: str | None,
         pool: ThreadPoolExecutor,
         task: Task,
     ) -> None:
         self._reader = reader
         self._item = item
         self._rounding, self._calibrated = rounding, calibrated
+        self._sparsity = sparsity
         self._pool, self._task = pool, task
         self._scale = torch.empty(0)
 
@@ -211,6 +225,8 @@ class _Source:
             block = self._rows(first, last) if whole is None else whole[first:last]
             if factor is not None:
                 block = block.float() * factor
+            if self._sparsity is not None:
+                block = prune(block, self._sparsity)
             if form.packed:
                 found = self._rounding(block, form.group, kept)
                 weight[first:last], scale[first:last] = pack_nibbles(found.values), found.scale

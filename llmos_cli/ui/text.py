@@ -7,8 +7,11 @@ Pure functions; nothing here writes. What comes from outside (file names, ref lo
 import re
 from typing import Final
 
+from llmos_cli.errors import UsageError
+
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _UNSAFE_LINE = re.compile("[\t\n]|" + _UNSAFE.pattern)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmg]?)(i?)b?\Z", re.IGNORECASE | re.ASCII)
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -23,6 +26,15 @@ def size(num_bytes: float) -> str:
         power += 1
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{sign}{value:.{digits}f} {_UNITS[power]}"
+
+
+def parse_size(text: str) -> int:
+    """Read "4MB", "64MiB", "1.5G" or a plain number of bytes; raises UsageError."""
+    match = _SIZE.match(text.strip())
+    if not match or (match[3] and not match[2]):
+        raise UsageError(f"{text!r} is not a size", hint="write 4MB, 64MiB or a number of bytes")
+    power = " kmg".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def count(number: int) -> str:
