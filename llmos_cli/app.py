@@ -57,6 +57,7 @@ GROUPS: Final = {
         "train": "Train a model on a dataset, for the task that it was made for.",
         "tune": "Search for the options of train that give the least loss.",
         "eval": "Measure how well a model does a dataset's task and keep the report.",
+        "merge": "Make one model of an adapter and its base.",
         "quantize": "Make a model smaller and say what that costs in quality.",
         "export": "Write a model as transformers, vLLM or llama.cpp load it.",
     },

@@ -50,7 +50,7 @@ def train(
         typer.Option(
             "--depth",
             metavar="N",
-            help="A new model of N layers and width 64 N: a BERT for mlm, classify and pair, else a Llama.  [default: 2]",
+            help="A new model of N layers, 64 N wide: a BERT for mlm, classify, pair, else a Llama.  [default: 2]",
         ),
     ] = None,
     config: Annotated[
@@ -123,6 +123,19 @@ def train(
     show_plan: Annotated[
         bool, typer.Option("--plan", help="Say what the run would take and what fits this machine; train nothing.")
     ] = False,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            "--lora", metavar="RANK", help="Train an adapter of this rank instead of all weights.", show_default=False
+        ),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option("--lora-alpha", metavar="X", help="Its scale.  [default: twice the rank]")
+    ] = None,
+    lora_targets: Annotated[
+        str | None,
+        typer.Option("--lora-targets", metavar="NAME,...", help="Its layers.  [default: all linear ones of the body]"),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from NAME:checkpoint; options not given are taken from it.")
     ] = False,
@@ -147,6 +160,7 @@ def train(
       llmos train tuned --data notes --model tiny --steps 100 --lr 1e-4 --precision bf16
     """
     from llmos_cli.train.config import Options, Retention, parse_allowed, parse_model_config, parse_spans
+    from llmos_cli.train.method import parse_targets
     from llmos_cli.train.plan import hold_run, make_plan
     from llmos_cli.train.result import publish_model, use_made
     from llmos_cli.train.verify import Asked
@@ -164,6 +178,9 @@ def train(
         weight_decay=weight_decay,
         depth=depth,
         config=None if config is None else parse_model_config(_read(config), str(config)),
+        lora=lora,
+        lora_alpha=lora_alpha,
+        lora_targets=None if lora_targets is None else parse_targets(lora_targets),
         skip_steps=None if skip_steps is None else parse_spans(skip_steps),
     )
     keep = Retention(keep_last, keep_every, keep_best)
@@ -208,7 +225,7 @@ def train(
                 started=lambda event: _say_start(here.out, plan, event),
                 saved=lambda event: _say_saved(here.out, plan, event),
             )
-    here.out.result(_as_json(trained))
+    here.out.result(_as_json(plan, trained))
     _show(here.out, plan, trained)
 
 
@@ -262,12 +279,12 @@ def _say_saved(out: "Output", plan: "Plan", event: "Saved") -> None:
     )
 
 
-def _as_json(trained: "Trained") -> "dict[str, Json]":
+def _as_json(plan: "Plan", trained: "Trained") -> "dict[str, Json]":
     rate = trained.tokens_per_second
     return {
         "id": str(trained.id),
         "ref": str(trained.ref),
-        "kind": "model",
+        "kind": plan.kind,
         "step": trained.step,
         "loss": trained.loss,
         "tokens": trained.tokens,
@@ -282,7 +299,7 @@ def _show(out: "Output", plan: "Plan", trained: "Trained") -> None:
     verb = "was made before:" if trained.unchanged else "is"
     rate = "" if trained.tokens_per_second is None else f", {count(round(trained.tokens_per_second))} tokens/s"
     out.line(
-        f"model {trained.ref} @{trained.id.short} {verb} step {count(trained.step)}, loss {trained.loss:.4f}, "
+        f"{plan.kind} {trained.ref} @{trained.id.short} {verb} step {count(trained.step)}, loss {trained.loss:.4f}, "
         f"{count(trained.tokens)} tokens{rate}"
     )
     if trained.checkpoint is not None:
@@ -290,5 +307,9 @@ def _show(out: "Output", plan: "Plan", trained: "Trained") -> None:
     if trained.log is not None:
         out.say(f"metrics: {trained.log}")
     out.hint(f"llmos eval {plan.label} --data {plan.data_label}")
-    out.hint(f"llmos quantize {plan.label} {trained.ref.name}-int8")
-    out.hint(f"llmos serve {plan.label}")
+    if plan.kind == "adapter":
+        out.hint(f"llmos merge {plan.label} {trained.ref.name}-merged")
+        return
+    if plan.data.meta.get("task") in ("lm", "chat"):
+        out.hint(f"llmos quantize {plan.label} {trained.ref.name}-int8")
+        out.hint(f"llmos serve {plan.label}")

@@ -17,6 +17,15 @@ from llmos_cli.errors import Damaged, LlmosError, UsageError
 from llmos_cli.formats import canonical
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models import config as configs
+from llmos_cli.models.adapters import (
+    add_adapter,
+    base_of,
+    check_peft,
+    is_adapter,
+    load_adapter_state,
+    merge_adapter,
+    read_adapter_config,
+)
 from llmos_cli.models.heads import Head, check_head, model_class
 from llmos_cli.models.quantized import SCALE, prepare_quantized
 from llmos_cli.models.quiet import quiet
@@ -51,12 +60,32 @@ def load_model(
     progress = progress or Silent()
     config = configs.load_config(store, manifest)
     check_head(config, head)
-    state = load_state_dict(store, manifest, progress=progress)
-    model = build_model(config, state, dtype=dtype, head=head, progress=progress)
+    if is_adapter(manifest):
+        model = merge_adapter(load_adapter(store, manifest, head=head, dtype=dtype, progress=progress)).eval()
+    else:
+        state = load_state_dict(store, manifest, progress=progress)
+        model = build_model(config, state, dtype=dtype, head=head, progress=progress)
     entry = manifest.file(_GENERATION_FILE)
     if entry is not None:
         model.generation_config = _generation_config(read_file(store, entry))
     return model.to(device)
+
+
+def load_adapter(
+    store: Store,
+    manifest: Manifest,
+    *,
+    head: Head,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """A stored adapter beside its base's weights, in peft's wrapper, as it was when it was saved."""
+    check_peft()
+    config = configs.load_config(store, manifest)
+    base = adapt_model(store, base_of(manifest), config, head=head, seed=0, dtype=dtype, progress=progress)
+    wrapper = add_adapter(base.model, read_adapter_config(store, manifest), seed=0)
+    load_adapter_state(wrapper, load_state_dict(store, manifest, progress=progress))
+    return wrapper
 
 
 @dataclass(frozen=True)
@@ -76,14 +105,15 @@ def adapt_model(
     *,
     head: Head,
     seed: int,
+    dtype: torch.dtype | None = torch.float32,
     progress: Progress | None = None,
 ) -> Adapted:
-    """The stored model's body in float32 under a head of `config`, which is drawn by `seed` where it was not stored.
+    """The stored model's body under a head of `config`, which is drawn by `seed` where it was not stored.
 
     Raises Damaged if a weight of the body itself is missing or has another shape.
     """
     state = load_state_dict(store, manifest, progress=progress)
-    model, info = _put_together(config, state, dtype=torch.float32, head=head, seed=seed, progress=progress)
+    model, info = _put_together(config, state, dtype=dtype, head=head, seed=seed, progress=progress)
     shapes = {name for name, *_ in info["mismatched_keys"]}
     new, left = {*info["missing_keys"], *shapes}, set(info["unexpected_keys"])
     body = f"{model.base_model_prefix}."

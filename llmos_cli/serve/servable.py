@@ -8,7 +8,7 @@ from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.resolve import Resolved
 
-KINDS: Final = ("model", "checkpoint")
+KINDS: Final = ("model", "checkpoint", "adapter")
 
 
 def check_servable(store: Store, found: Resolved) -> Manifest:

@@ -1,7 +1,7 @@
 """The model that a plan names: from a checkpoint, from a parent under the head that the task needs, or new."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -10,13 +10,25 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llmos_cli.errors import UsageError
 from llmos_cli.formats.canonical import Json
 from llmos_cli.formats.manifest import Manifest
+from llmos_cli.models.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_OF,
+    ADAPTER_WEIGHTS,
+    adapter_state,
+    add_adapter,
+    base_entries,
+    describe_adapter,
+    encode_adapter_config,
+    is_adapter,
+)
 from llmos_cli.models.config import CONFIG_FILE, bert_config, llama_config, load_config, parse_config
 from llmos_cli.models.heads import Head, head_of, model_class
-from llmos_cli.models.load import adapt_model, load_model, new_model
+from llmos_cli.models.load import adapt_model, load_adapter, load_model, new_model
 from llmos_cli.models.tokenizers import load_tokenizer
 from llmos_cli.progress import Progress
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_file
+from llmos_cli.train.form import Form
 from llmos_cli.train.inputs import dataset_number, model_config
 from llmos_cli.train.plan import Plan
 from llmos_cli.train.tasks.labelled import labels_of
@@ -31,23 +43,30 @@ _LABELLED: Final = ("classify", "pair")
 @dataclass(frozen=True)
 class Built:
     """A model with float32 weights, and the small files that go with it into every checkpoint; `new` names the weights
-    that the parent did not have."""
+    that the parent did not have, `form` says how the weights are stored."""
 
     model: PreTrainedModel
     small_files: dict[str, bytes]
     new: tuple[str, ...] = ()
+    form: Form = field(default_factory=Form)
 
 
 def build(store: Store, plan: Plan, progress: Progress) -> Built:
     """The model to train; raises UsageError, Damaged or LlmosError if it does not suit the dataset."""
-    if plan.resume:
+    if plan.resume and plan.config.lora is not None:
+        built = _resumed_adapter(store, plan, plan.resume.manifest, progress)
+    elif plan.resume:
         manifest = plan.resume.manifest
+        if is_adapter(manifest):
+            raise UsageError(f"{plan.resume.label} is of an adapter", hint="merge it first: llmos merge ADAPTER NAME")
         entries = [entry for name in (CONFIG_FILE, _GENERATION_FILE) if (entry := manifest.file(name))]
         head = head_for(task_of(plan.data), load_config(store, manifest))
         model = load_model(store, manifest, dtype=torch.float32, head=head, progress=progress)
         built = Built(model, {entry.path: read_file(store, entry) for entry in entries})
     elif plan.model:
         built = _from_parent(store, plan, plan.model, progress)
+        if plan.config.lora is not None:
+            built = _with_adapter(built, plan, plan.model)
     else:
         built = _from_nothing(store, plan)
     _check(built.model, plan)
@@ -72,6 +91,42 @@ def _from_parent(store: Store, plan: Plan, parent: Manifest, progress: Progress)
     _suit(config, plan, head)
     adapted = adapt_model(store, parent, config, head=head, seed=plan.config.seed, progress=progress)
     return Built(adapted.model, _new_files(adapted.model), adapted.new)
+
+
+def _with_adapter(built: Built, plan: Plan, parent: Manifest) -> Built:
+    """The same model with a new adapter, which alone is trained and stored."""
+    config = plan.config
+    assert config.lora is not None
+    table = describe_adapter(
+        built.model,
+        rank=config.lora,
+        alpha=config.lora_alpha or 2.0 * config.lora,
+        targets=config.lora_targets,
+        new=built.new,
+    )
+    wrapper = add_adapter(built.model, table, seed=config.seed)
+    small_files = built.small_files | {ADAPTER_CONFIG: encode_adapter_config(table)}
+    return Built(wrapper.get_base_model(), small_files, built.new, _adapter_form(plan, wrapper, parent))
+
+
+def _resumed_adapter(store: Store, plan: Plan, checkpoint: Manifest, progress: Progress) -> Built:
+    if not is_adapter(checkpoint) or plan.model is None:
+        raise UsageError("--lora does not go on from the checkpoint of a whole model", hint="name it: --model REF")
+    head = head_for(task_of(plan.data), load_config(store, checkpoint))
+    wrapper = load_adapter(store, checkpoint, head=head, dtype=torch.float32, progress=progress)
+    names = (CONFIG_FILE, _GENERATION_FILE, ADAPTER_CONFIG)
+    small_files = {entry.path: read_file(store, entry) for name in names if (entry := checkpoint.file(name))}
+    return Built(wrapper.get_base_model(), small_files, (), _adapter_form(plan, wrapper, plan.model))
+
+
+def _adapter_form(plan: Plan, wrapper: Any, base: Manifest) -> Form:
+    trained = sum(parameter.numel() for parameter in wrapper.parameters() if parameter.requires_grad)
+    return Form(
+        ADAPTER_WEIGHTS,
+        lambda _: adapter_state(wrapper),
+        tuple(base_entries(base)),
+        {ADAPTER_OF: str(plan.model_id), "trained": trained},
+    )
 
 
 def _from_nothing(store: Store, plan: Plan) -> Built:

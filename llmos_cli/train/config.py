@@ -13,6 +13,7 @@ from typing import Any, Final
 from llmos_cli.errors import Damaged, Unsafe, UsageError
 from llmos_cli.formats import canonical
 from llmos_cli.formats.canonical import Json
+from llmos_cli.train.method import DEFAULTS, check_method
 
 PRECISIONS: Final = ("fp32", "bf16")
 SKIPPED: Final = "skip_steps"
@@ -46,6 +47,14 @@ class Options:
     depth: int | None = None
     config: Mapping[str, Json] | None = None
     skip_steps: Spans | None = None
+    optimizer: str | None = None
+    schedule: str | None = None
+    ema: float | None = None
+    checkpointing: bool | None = None
+    compile: bool | None = None
+    lora: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,14 @@ class TrainConfig:
     depth: int | None = None
     config: Mapping[str, Json] | None = None
     skip_steps: Spans = ()
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    ema: float | None = None
+    checkpointing: bool = False
+    compile: bool = False
+    lora: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _whole("--steps", self.steps, 1, MOST_STEPS)
@@ -95,6 +112,7 @@ class TrainConfig:
             )
         if self.depth is not None and self.config is not None:
             raise UsageError("--depth and --config both say what to build", hint="give one of them")
+        check_method({name: getattr(self, name) for name in DEFAULTS}, from_model=self.from_model)
 
     @property
     def from_model(self) -> bool:
@@ -118,6 +136,9 @@ class TrainConfig:
             table["config"] = dict(self.config)
         if self.skip_steps:
             table[SKIPPED] = [list(span) for span in self.skip_steps]
+        for name, default in DEFAULTS.items():  # left out where nothing was chosen, so that ids stay
+            if (value := getattr(self, name)) != default:
+                table[name] = list(value) if isinstance(value, tuple) else value
         return table
 
     def skips(self, step: int) -> bool:
@@ -156,6 +177,8 @@ def from_params(params: Mapping[str, Json], seed: int | None, what: str) -> Trai
     try:
         if SKIPPED in table:
             table[SKIPPED] = tuple((first, last) for first, last in table[SKIPPED])
+        if "lora_targets" in table:
+            table["lora_targets"] = tuple(table["lora_targets"])
         return TrainConfig(**table, seed=seed)
     except (TypeError, ValueError, UsageError) as exc:
         raise Damaged(f"{what} does not hold the parameters of a training run: {exc}") from exc

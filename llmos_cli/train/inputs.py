@@ -49,10 +49,13 @@ def check_dataset(data: Manifest, label: str) -> None:
         raise UsageError(f"{label} has rows of one token, in which there is nothing to predict")
 
 
-def check_parent(store: Store, parent: Manifest, label: str, data: Manifest, data_label: str) -> None:
+def check_parent(
+    store: Store, parent: Manifest, label: str, data: Manifest, data_label: str, *, adapters: bool = False
+) -> None:
     """Raise UsageError or Unsafe unless `parent` is a trainable model that speaks the dataset's tokens."""
-    if parent.kind not in ("model", "checkpoint"):
-        raise UsageError(f"{label} is a {parent.kind}, not a model", hint="llmos ls shows what there is")
+    if parent.kind not in ("model", "checkpoint") and not (adapters and parent.kind == "adapter"):
+        hint = "llmos merge makes a model of it" if parent.kind == "adapter" else "llmos ls shows what there is"
+        raise UsageError(f"{label} is of kind {parent.kind}, not a model", hint=hint)
     table = model_config(store, parent, label)
     check_trainable(table, label)
     check_sizes(table, label, data, data_label)

@@ -73,6 +73,11 @@ class Plan:
         return recipe_key(replace(self.recipe, params=params, tools={})).short
 
     @property
+    def kind(self) -> str:
+        """What the run makes."""
+        return "adapter" if self.config.lora is not None else "model"
+
+    @property
     def label(self) -> str:
         """The target as one would type it."""
         return self.target.name if self.target == RefName(self.target.name) else str(self.target)
@@ -122,7 +127,7 @@ def make_plan(
     if target.tag == CHECKPOINT_TAG:
         raise UsageError(f"{target} names the checkpoints of a run", hint=f"write {target.name}")
     checkpoint_ref = RefName(target.name, CHECKPOINT_TAG)
-    _refuse_other_kind(store, target, "model")
+    _refuse_other_kind(store, target)
     keep = keep or Retention()
     _check_kept(store, target.name, keep)
     found = read_checkpoint(store, checkpoint_ref)
@@ -268,13 +273,13 @@ def _check_kept(store: Store, name: str, keep: Retention) -> None:
     for ref in ref_names(store):
         kept = (keep.every and ref.tag.startswith(STEP_TAG)) or (keep.best and ref.tag == BEST_TAG)
         if ref.name == name and kept:
-            _refuse_other_kind(store, ref, "model")
+            _refuse_other_kind(store, ref)
 
 
-def _refuse_other_kind(store: Store, ref: RefName, kind: str) -> None:
+def _refuse_other_kind(store: Store, ref: RefName) -> None:
     entry = read_ref(store, ref)
-    if entry is not None and (manifest := read_manifest(store, entry.id)).kind != kind:
-        raise UsageError(f"{ref} is a {manifest.kind}, not a {kind}", hint="choose another name for the model")
+    if entry is not None and (manifest := read_manifest(store, entry.id)).kind not in ("model", "adapter"):
+        raise UsageError(f"{ref} is a {manifest.kind}, not a model", hint="choose another name for the model")
 
 
 def _tools() -> dict[str, str]:

@@ -59,7 +59,7 @@ def publish_model(store: Store, plan: Plan, checkpoint_id: ObjectId, checkpoint:
     loss, tokens = _figures(meta, checkpoint_id)
     with begin(store, purpose=f"train {plan.target.name}", ref=plan.target) as tx:
         commit = tx.commit(
-            Manifest("model", files, meta, plan.recipe), message=f"train: {plan.config.steps} steps, loss {loss:.4f}"
+            Manifest(plan.kind, files, meta, plan.recipe), message=f"train: {plan.config.steps} steps, loss {loss:.4f}"
         )
     return Trained(commit.id, plan.target, plan.config.steps, loss, tokens, checkpoint_id)
 

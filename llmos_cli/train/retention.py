@@ -55,7 +55,7 @@ def _point(store: Store, plan: Plan, tag: str, step: int, checkpoint: Manifest, 
     ref = RefName(plan.target.name, tag)
     files = tuple(entry for entry in checkpoint.files if not entry.path.startswith(f"{STATE_FOLDER}/"))
     with begin(store, purpose=f"train {plan.target.name}", ref=ref) as tx:
-        manifest = Manifest("model", files, {**checkpoint.meta, **facts}, checkpoint_recipe(plan.recipe, step))
+        manifest = Manifest(plan.kind, files, {**checkpoint.meta, **facts}, checkpoint_recipe(plan.recipe, step))
         tx.commit(manifest, message=f"train: step {step} of {plan.config.steps}")
 
 

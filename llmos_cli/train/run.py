@@ -80,7 +80,7 @@ def run(
         prepared, optimizer = accelerator.prepare(model, raw)
         set_seed(config.seed)
         position = _restore(store, plan, model, raw)
-        saver = Saver(store, plan, model, raw, small_files=built.small_files, saved=saved)
+        saver = Saver(store, plan, model, raw, small_files=built.small_files, form=built.form, saved=saved)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         tokens = None if task_of(plan.data) in RAGGED_TASKS else config.batch * (task.longest - 1)
         device = describe(accelerator.device)

@@ -18,19 +18,19 @@ import torch
 from transformers import PreTrainedModel
 
 from llmos_cli.errors import LlmosError, NoSpace, from_os_error
+from llmos_cli.formats.canonical import Json
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models.tokenizers import tokenizer_entries
-from llmos_cli.models.weights import drop_tied, state_tensors
+from llmos_cli.models.weights import state_tensors
 from llmos_cli.store.intake.bases import Base, open_base
 from llmos_cli.store.local import Store
 from llmos_cli.store.transaction import Commit, begin
 from llmos_cli.train.checkpoint import POSITION, TENSORS, Position, capture, encode_position
+from llmos_cli.train.form import Form
 from llmos_cli.train.origin import checkpoint_recipe
 from llmos_cli.train.plan import Plan, tokenizer_source
 from llmos_cli.train.retention import keep_by_role
-
-_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         *,
         small_files: Mapping[str, bytes],
+        form: Form | None = None,
         saved: Callable[[Saved], None],
     ) -> None:
         self._store, self._plan, self._model, self._optimizer = store, plan, model, optimizer
-        self._small_files, self._saved = small_files, saved
+        self._small_files, self._form, self._saved = small_files, form or Form(), saved
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._grew = 0
         self._losses: list[float] = []  # of the steps since the last checkpoint
@@ -96,7 +97,7 @@ class Saver:
         began = time.perf_counter()
         self.finish()
         self._check_space(position)
-        weights = self._stage(_WEIGHTS, drop_tied(self._model))
+        weights = self._stage(self._form.file, self._form.weights(self._model))
         state = self._stage(TENSORS, capture(self._model, self._optimizer))
         self._asked = position.step
         loss = fmean(self._losses) if self._losses else None
@@ -153,8 +154,8 @@ class Saver:
                 if tx.expected is None:
                     tx.base = self._first_base()
                 files = [tx.add_bytes(name, data) for name, data in self._small_files.items()]
-                files += tokenizer_entries(tokenizer_source(plan))
-                files.append(tx.add_tensors(_WEIGHTS, state_tensors(weights), metadata={"format": "pt"}))
+                files += [*tokenizer_entries(tokenizer_source(plan)), *self._form.entries]
+                files.append(tx.add_tensors(self._form.file, state_tensors(weights), metadata={"format": "pt"}))
                 files.append(tx.add_tensors(TENSORS, state_tensors(state)))
                 files.append(
                     tx.add_bytes(
@@ -180,7 +181,7 @@ class Saver:
             return None if began_with is None else open_base(self._store, began_with)
         return None
 
-    def _meta(self, position: Position) -> dict[str, str | int | float | None]:
+    def _meta(self, position: Position) -> dict[str, Json]:
         return {
             "architecture": type(self._model).__name__,
             "dtype": "F32",
@@ -190,6 +191,7 @@ class Saver:
             "steps": self._plan.config.steps,
             "task": str(self._plan.data.meta.get("task")),
             "tokens": position.tokens,
+            **self._form.meta,
         }
 
     def _check_space(self, position: Position) -> None:
