@@ -8,7 +8,7 @@ _llmos_spec() {
         "")
             opts=(--store --json --quiet -q --verbose -v --version --help -h)
             valued=(--store)
-            verbs=(init add checkout ls show log diff tag rm du gc fsck push pull clone backup restore shard train tune eval quantize export serve generate doctor completion demo remote)
+            verbs=(init add checkout ls show log diff tag rm du gc fsck push pull clone backup restore shard train tune eval merge quantize export serve generate doctor completion demo remote)
             ;;
         "init")
             opts=(--store --json --quiet -q --verbose -v --help -h)
@@ -108,8 +108,8 @@ _llmos_spec() {
             rest="files refs"
             ;;
         "train")
-            opts=(--data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --plan --resume --verify-resume --store --json --quiet -q --verbose -v --help -h)
-            valued=(--data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --store)
+            opts=(--file --data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --procs --parallel --nnodes --node-rank --rdzv --plan --lora --lora-alpha --lora-targets --resume --verify-resume --store --json --quiet -q --verbose -v --help -h)
+            valued=(--file --data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --procs --parallel --nnodes --node-rank --rdzv --lora --lora-alpha --lora-targets --store)
             places=(refs)
             ;;
         "tune")
@@ -121,6 +121,11 @@ _llmos_spec() {
             opts=(--data --max-rows --batch --split --against --max-ppl-ratio --name --store --json --quiet -q --verbose -v --help -h)
             valued=(--data --max-rows --batch --split --against --max-ppl-ratio --name --store)
             places=(refs)
+            ;;
+        "merge")
+            opts=(--store --json --quiet -q --verbose -v --help -h)
+            valued=(--store)
+            places=("" refs)
             ;;
         "quantize")
             opts=(--scheme --for --group --method --data --calibrate-on --calibration-rows --bits --sparsity --max-memory --max-rows --store --json --quiet -q --verbose -v --help -h)
@@ -217,9 +222,9 @@ _llmos_spec() {
 _llmos_value() {
     kind=
     case "$1 $2" in
-        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "tune --store" | "eval --store" | "quantize --store" | "export --to" | "export --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
-        "add --base" | "pull --as" | "shard --labels-from" | "shard --mix" | "train --data" | "train --model" | "tune --data" | "tune --model" | "tune --valid" | "eval --data" | "eval --against" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
-        "checkout --oms" | "tag --sign" | "tag --new-key" | "train --config") kind=files ;;
+        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "tune --store" | "eval --store" | "merge --store" | "quantize --store" | "export --to" | "export --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
+        "add --base" | "pull --as" | "shard --labels-from" | "shard --mix" | "train --data" | "train --model" | "train --lora-targets" | "tune --data" | "tune --model" | "tune --valid" | "eval --data" | "eval --against" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
+        "checkout --oms" | "tag --sign" | "tag --new-key" | "train --file" | "train --config") kind=files ;;
         "gc --remote") kind=remotes ;;
         "fsck --from") kind="remotes dirs" ;;
         "shard --tokenizer") kind="refs dirs" ;;
