@@ -30,8 +30,8 @@ def serve(
 ) -> None:
     """Answer OpenAI-style requests with a model, without checking it out.
 
-    Routes: /v1/models, /v1/completions, /v1/chat/completions (both also as streams), /health. One request computes at
-    a time, 16 wait, more get 503. Ctrl-C lets those that run finish.
+    Routes: /v1/models, /v1/completions, /v1/chat/completions (both also as streams), /health. Sixteen texts are made
+    at once, 64 wait, more get 503. Ctrl-C lets those that run finish.
 
     Examples:
       llmos serve tiny
@@ -62,7 +62,7 @@ def _serve(here: Session, store: "Store", found: "Resolved", manifest: "Manifest
 
     seconds = {"libraries": time.perf_counter() - started}
     loaded = load_engine(store, manifest, here.out.progress)
-    seconds |= {"tokenizer": loaded.tokenizer_seconds, "model": loaded.model_seconds}
+    seconds |= loaded.seconds
     seconds["first_tokens"] = loaded.engine.warm_up()
     url = url_of(bound)
     result = {

@@ -10,7 +10,8 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -19,12 +20,15 @@ from starlette.exceptions import HTTPException
 from llmos_cli.errors import Busy
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.serve import wire
+from llmos_cli.serve.answers import Answers
 from llmos_cli.serve.guard import CLOSE, RETRY, App, Guard, internal_error, read_json, shutting_down
 from llmos_cli.serve.refusal import Refused
 from llmos_cli.serve.schema import ChatRequest, CompletionRequest, read_chat, read_completion
 from llmos_cli.serve.stream import EventStream
 from llmos_cli.serve.wire import ApiError
 from llmos_cli.serve.worker import Worker
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -110,22 +114,30 @@ class _Service:
         reply: wire.Completion,
         field: str,
     ) -> Response:
-        job = self._worker.admit()
+        job = self._worker.admit(ask.texts)
         try:
-            prompt = await asyncio.get_running_loop().run_in_executor(self._encoding, encode)
             sampling = ask.sampling()
+            self._engine.encoder.check_tokens(sampling.logit_bias, "logit_bias")
+            prompt = await self._aside(encode)
             self._engine.room(prompt, sampling, field=field)
-            job.start(prompt, sampling)
+            matcher = None
+            if ask.shape is not None:
+                where, wanted = ask.shape
+                grammar = await self._aside(lambda: self._engine.grammars.compile(wanted, field=where))
+                matcher = partial(self._engine.grammars.matcher, grammar)
+            job.start(prompt, sampling, matcher)
             job.watch(request.receive)
-            text = ""
+            answers = Answers(self._engine.encoder, ask.texts, logprobs=sampling.logprobs is not None)
+            headers = {"x-model-id": f"@{self._served.id}"}
             while (piece := await job.next()) is not None:
-                text += piece.text
                 if ask.stream:
                     # only now, so that a fault in the first step still has its status
-                    return EventStream(job, piece, reply, len(prompt), self._fault)
-                if piece.finish_reason is not None:
+                    return EventStream(job, piece, answers, reply, len(prompt), self._fault, headers)
+                answers.add(piece)
+                if answers.over:
                     job.close()
-                    return JSONResponse(reply.whole(text, piece.finish_reason, wire.usage(len(prompt), piece.tokens)))
+                    whole = reply.whole(answers.whole(), answers.usage(len(prompt)))
+                    return JSONResponse(whole, headers=headers)
         except BaseException:
             job.close()
             raise
@@ -141,6 +153,10 @@ class _Service:
             "root": f"@{self._served.id}",
             "max_model_len": self._engine.context,
         }
+
+    async def _aside(self, work: Callable[[], T]) -> T:
+        """Off the event loop, one at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._encoding, work)
 
     def _about(self) -> tuple[int, str, str]:
         return int(time.time()), self._served.label, self._served.id.short

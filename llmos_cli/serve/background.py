@@ -19,7 +19,7 @@ def serving(
     served: Served,
     *,
     fault: Callable[[str], None],
-    waiting: int = 16,
+    waiting: int = 64,
     drain_seconds: int = 5,
 ) -> Iterator[str]:
     """Answer requests while the block runs; gives the URL."""

@@ -29,6 +29,8 @@ class Encoder:
         self._plain = _without_controls(self._markup, frozenset(self.controls.values()))
         tokens = self._markup.get_vocab(with_added_tokens=True).values()
         self.size = max(tokens, default=-1) + 1
+        self._special = frozenset(self.controls.values())
+        self._bytes = _letters() if "ByteLevel" in str(type(self._markup.decoder).__name__) else None
 
     def text(self, prompt: str) -> list[int]:
         """The ids of a plain prompt, with whatever the tokenizer puts at a text's beginning."""
@@ -36,11 +38,15 @@ class Encoder:
 
     def ids(self, prompt: Sequence[int]) -> list[int]:
         """Ids that the user gave, checked against the model's vocabulary."""
-        last = min(self._vocabulary, self.size) - 1
-        for index, token in enumerate(prompt):
-            if not 0 <= token <= last:
-                raise Refused(f"prompt[{index}] is {token}, but the model's tokens are 0 to {last}", field="prompt")
+        self.check_tokens(prompt, "prompt")
         return self._known(prompt, "prompt")
+
+    def check_tokens(self, tokens: Iterable[int], field: str) -> None:
+        """Raise Refused unless all are tokens of the model."""
+        last = min(self._vocabulary, self.size) - 1
+        for index, token in enumerate(tokens):
+            if not 0 <= token <= last:
+                raise Refused(f"{field}[{index}] is {token}, but the model's tokens are 0 to {last}", field=field)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The ids of a conversation in the model's own chat template, ready for the assistant's answer."""
@@ -68,6 +74,17 @@ class Encoder:
         """The text of tokens; special tokens have none."""
         text: str = self._markup.decode(ids, skip_special_tokens=True)
         return text
+
+    def token(self, token: int) -> tuple[str, bytes]:
+        """A token by itself: its text, with replacement characters where it is part of one, and its bytes."""
+        name = self._markup.id_to_token(token)
+        if name is None:
+            return "", b""
+        if token in self._special or self._bytes is None or not all(letter in self._bytes for letter in name):
+            text = name if token in self._special else self.decode([token])
+            return text, text.encode("utf-8")
+        data = bytes(self._bytes[letter] for letter in name)
+        return data.decode("utf-8", errors="replace"), data
 
     def _refuse_controls(self, content: str, field: str) -> None:
         found = set(self._markup.encode(_unicode(content, field), add_special_tokens=False).ids)
@@ -116,3 +133,10 @@ def _without_controls(backend: Any, controls: frozenset[int]) -> Any:
     plain = type(backend).from_str(json.dumps(table))
     plain.encode_special_tokens = True
     return plain
+
+
+def _letters() -> dict[str, int]:
+    """The letters by which byte-level tokenizers name bytes (GPT-2's table), and the bytes."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(rest)}

@@ -1,55 +1,70 @@
-"""One model with its tokenizer, computing one text at a time: prefill, then a token a step from the KV cache.
+"""One model with its tokenizer, making texts: many at once, each as if it were alone.
 
 Invariants: a prompt is computed whole or refused; text plus what is asked for fits the context or is refused; the same
-prompt, sampling and seed give the same text. Between any two steps the caller may cancel. It knows nothing of HTTP,
-queues or threads: two generations at once are safe, but share the cores.
+prompt, sampling and seed give the same text. Between any two steps a text may be cancelled. It knows nothing of HTTP;
+whoever calls `step` owns the model's thread.
 """
 
-import inspect
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
-
-import torch
-from transformers import DynamicCache
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
 
 from llmos_cli.errors import LlmosError
 from llmos_cli.serve.encoder import Encoder
+from llmos_cli.serve.prefix import PrefixCache
 from llmos_cli.serve.refusal import Refused
-from llmos_cli.serve.sampling import Picker, Sampling
-from llmos_cli.serve.text import TextStream
+from llmos_cli.serve.runner.generic import GenericRunner
+from llmos_cli.serve.runner.spans import Runner
+from llmos_cli.serve.sampling import Sampling
+from llmos_cli.serve.scheduler import Request, Scheduler
+from llmos_cli.serve.sequence import Grammar, Piece, Text
 
-PREFILL_TOKENS: Final = 512  # one step of a prompt: bounds its memory and how long a cancelled one goes on
+if TYPE_CHECKING:
+    from llmos_cli.serve.grammar import Grammars
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Text that may be shown; `tokens` made so far; the last piece has the finish reason, "stop" or "length"."""
-
-    text: str
-    tokens: int
-    finish_reason: str | None = None
+PREFIX_BYTES: Final = 256 << 20
 
 
 def _never() -> bool:
     return False
 
 
-class Engine:
-    """A loaded model that answers."""
+def _nothing() -> None:
+    pass
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+
+class Engine:
+    """A loaded model that answers. `runner` computes; without one, any model that transformers knows runs as it is."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        runner: Runner | None = None,
+        prefix_bytes: int = PREFIX_BYTES,
+        watch: Callable[[Request], None] = lambda _: None,
+    ) -> None:
         if not model.can_generate():
             raise LlmosError(f"a {type(model).__name__} cannot generate text")
         config = model.config.get_text_config()
-        self._model = model.eval()
-        known = inspect.signature(model.forward).parameters
-        self._last_only = "logits_to_keep" in known
-        self._cache_word = "cache" if "cache" in known else "past_key_values"  # its name until transformers 5.24
         self.context = _context(config)
         ends = _ids(getattr(config, "eos_token_id", None)) | _ids(model.generation_config.eos_token_id)
         self.encoder = Encoder(tokenizer, vocabulary=int(config.vocab_size), ends=ends)
+        self._tokenizer = tokenizer
+        self.runner = runner or GenericRunner(model)
+        self.prefixes = PrefixCache(prefix_bytes)
+        self.scheduler = Scheduler(self.runner, prefixes=self.prefixes, watch=watch)
+        self._stepping = threading.Lock()
+
+    @cached_property
+    def grammars(self) -> "Grammars":
+        from llmos_cli.serve.grammar import Grammars
+
+        return Grammars(self._tokenizer, size=self.encoder.size, ends=sorted(self.encoder.ends))
 
     def room(self, prompt: Sequence[int], sampling: Sampling, *, field: str = "prompt") -> int:
         """How many tokens may be made after `prompt`; raises Refused, naming the lengths, where it does not fit."""
@@ -73,11 +88,50 @@ class Engine:
             )
         return wanted
 
+    def request(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        emit: Callable[[Piece], None],
+        *,
+        cancelled: Callable[[], bool] = _never,
+        failed: Callable[[Exception], None],
+        left: Callable[[], None] = _nothing,
+        grammar: Grammar | None = None,
+        index: int = 0,
+    ) -> Request:
+        """A text to be made; `add` has it computed. Raises Refused where it does not fit the context."""
+        text = Text(prompt, sampling, self.room(prompt, sampling), self.encoder, emit, grammar=grammar, index=index)
+        return Request(text, cancelled, failed, left)
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+
+    def drop(self, request: Request) -> None:
+        with self._stepping:
+            self.scheduler.drop(request)
+
+    def drop_all(self, error: Exception | None) -> None:
+        with self._stepping:
+            self.scheduler.drop_all(error)
+
+    def step(self) -> bool:
+        """One step of all texts; False if there was nothing to do."""
+        with self._stepping:
+            return self.scheduler.step()
+
     def generate(
         self, prompt: Sequence[int], sampling: Sampling, cancelled: Callable[[], bool] = _never
     ) -> Iterator[Piece]:
-        """Pieces of text as they become certain; ends without a finish reason only when `cancelled` says so."""
-        return self._pieces(list(prompt), sampling, self.room(prompt, sampling), cancelled)
+        """Pieces of one text as they become certain, computed by whoever iterates; ends without a finish reason only
+        when `cancelled` says so."""
+        pieces: deque[Piece] = deque()
+        errors: list[Exception] = []
+        over: list[bool] = []
+        request = self.request(
+            prompt, sampling, pieces.append, cancelled=cancelled, failed=errors.append, left=lambda: over.append(True)
+        )
+        return self._pieces(request, pieces, errors, over)
 
     def warm_up(self) -> float:
         """Compute two tokens and throw them away, so that the first user does not wait; the seconds it took."""
@@ -88,57 +142,18 @@ class Engine:
         return time.perf_counter() - started
 
     def _pieces(
-        self, prompt: list[int], sampling: Sampling, room: int, cancelled: Callable[[], bool]
+        self, request: Request, pieces: deque[Piece], errors: list[Exception], over: list[bool]
     ) -> Iterator[Piece]:
-        text = TextStream(self.encoder.decode, prompt, sampling.stop)
-        # a stop string that is a control token has no text to be found in: it stops as the token that it is
-        controls = self.encoder.controls
-        ends = self.encoder.ends | {controls[stop] for stop in sampling.stop if stop in controls}
-        picker = Picker(sampling)
-        cache = DynamicCache(config=self._model.config)
-        logits = torch.empty(0)
-        for start in range(0, len(prompt), PREFILL_TOKENS):
-            if cancelled():
-                return
-            logits = self._step(prompt[start : start + PREFILL_TOKENS], cache)
-        self._check_cache(cache, len(prompt))
-        for made in range(1, room + 1):
-            if cancelled():
-                return
-            token = picker.pick(logits)
-            if token in ends:
-                yield Piece(text.flush(), made, "stop")
-                return
-            shown = text.push(token)
-            if made == room and not text.stopped:
-                shown += text.flush()
-            if text.stopped:
-                yield Piece(shown, made, "stop")
-                return
-            if made == room:
-                yield Piece(shown, made, "length")
-                return
-            if shown:
-                yield Piece(shown, made)
-            logits = self._step([token], cache)
-
-    def _check_cache(self, cache: DynamicCache, length: int) -> None:
-        """A model that leaves the cache alone would go on as if there had been no prompt."""
+        self.add(request)
         try:
-            kept = cache.get_seq_length()
-        except ValueError:
-            kept = 0
-        if kept != length:
-            raise LlmosError(f"a {type(self._model).__name__} keeps no key-value cache that can be continued")
-
-    @torch.inference_mode()
-    def _step(self, tokens: list[int], cache: DynamicCache) -> torch.Tensor:
-        ids = torch.tensor([tokens], device=self._model.device)
-        last = {"logits_to_keep": 1} if self._last_only else {}
-        logits = self._model(input_ids=ids, use_cache=True, **{self._cache_word: cache}, **last).logits[0, -1]
-        # a padded vocabulary has rows that no token stands for
-        row: torch.Tensor = logits[: self.encoder.size].float().cpu()
-        return row
+            while not over:
+                self.step()
+                while pieces:
+                    yield pieces.popleft()
+        finally:
+            self.drop(request)
+        if errors:
+            raise errors[0]
 
 
 def _context(config: Any) -> int:

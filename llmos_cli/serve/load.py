@@ -2,33 +2,80 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import nn
 
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models.device import pick_device
 from llmos_cli.models.load import load_model
+from llmos_cli.models.quantized import Int4Linear, Int8Linear
 from llmos_cli.models.tokenizers import load_tokenizer
 from llmos_cli.progress import Progress
 from llmos_cli.serve.engine import Engine
+from llmos_cli.serve.runner.lean import LeanRunner, unfit
+from llmos_cli.serve.runner.linears import Kernels, choose
 from llmos_cli.store.local import Store
+
+CACHE_BYTES: Final = 2 << 30  # for keys and values of all texts
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine, the manifest it came from, where it computes, and the seconds for weights and tokenizer."""
+    """An engine, the manifest it came from, where it computes and how, and the seconds that each part took."""
 
     engine: Engine
     manifest: Manifest
     device: str
-    model_seconds: float
-    tokenizer_seconds: float
+    kernels: dict[str, str]
+    seconds: dict[str, float]
 
 
 def load_engine(store: Store, manifest: Manifest, progress: Progress) -> Loaded:
-    """Load weights and tokenizer."""
-    started = time.perf_counter()
+    """Load weights and tokenizer, and find out how to compute with them."""
+    clock = _Clock()
     tokenizer = load_tokenizer(store, manifest)
-    between = time.perf_counter()
+    clock.lap("tokenizer")
     device = pick_device()
     model = load_model(store, manifest, device=device, progress=progress)
-    engine = Engine(model, tokenizer)
-    return Loaded(engine, manifest, str(device), time.perf_counter() - between, between - started)
+    clock.lap("model")
+    reason = unfit(model)
+    if reason is not None:
+        return Loaded(Engine(model, tokenizer), manifest, str(device), {"runner": "transformers"}, clock.laps)
+    kernels = pick_kernels(model) if device.type == "cpu" else Kernels(_name(_dtype(model)))
+    clock.lap("kernels")
+    engine = Engine(model, tokenizer, runner=LeanRunner(model, kernels, budget=CACHE_BYTES))
+    clock.lap("build")
+    return Loaded(engine, manifest, str(device), kernels.names(), clock.laps)
+
+
+def pick_kernels(model: Any) -> Kernels:
+    """What is fastest on this processor for the layers that this model has most of."""
+    forms, shapes = set(), set()
+    for module in model.modules():
+        form = {nn.Linear: "dense", Int8Linear: "int8", Int4Linear: "int4"}.get(type(module))
+        if form:
+            forms.add(form)
+            shapes.add((module.out_features, module.in_features))
+    layers = [shape for shape in shapes if shape[0] != model.config.vocab_size] or list(shapes)
+    return choose(max(layers, key=lambda shape: shape[0] * shape[1]), forms=forms, dtype=_dtype(model))
+
+
+def _dtype(model: Any) -> torch.dtype:
+    dtype: torch.dtype = model.get_input_embeddings()(torch.zeros(1, dtype=torch.long, device=model.device)).dtype
+    return dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now

@@ -22,38 +22,37 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512)]
 User = Annotated[str, Field(max_length=512)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Repetition = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+MinP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+TokenName = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Texts = Annotated[int, Field(ge=1, le=16)]
+Pattern = Annotated[str, Field(min_length=1, max_length=64 << 10)]
 STOPS: Final = 4
 MESSAGES: Final = 4096
+BIASES: Final = 1024
+CHOICES: Final = 1024
 
 # Fields that are not supported, with the values that mean "leave it off".
-_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "n": (None, 1),
-    "presence_penalty": (None, 0),
-}
-NEUTRAL_COMPLETION: Final = _NEUTRAL | {
+NEUTRAL_COMPLETION: Final[dict[str, tuple[Any, ...]]] = {
     "best_of": (None, 1),
     "echo": (None, False),
-    "logprobs": (None,),
     "suffix": (None,),
 }
-NEUTRAL_CHAT: Final = _NEUTRAL | {
+NEUTRAL_CHAT: Final[dict[str, tuple[Any, ...]]] = {
     "audio": (None,),
     "function_call": (None, "none"),
     "functions": (None, []),
-    "logprobs": (None, False),
     "metadata": (None, {}),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None,),
     "prediction": (None,),
     "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "store": (None, False),
     "tool_choice": (None, "none"),
     "tools": (None, []),
-    "top_logprobs": (None,),
 }
 NEUTRAL_MESSAGE: Final[dict[str, tuple[Any, ...]]] = {
     "annotations": (None, []),
@@ -91,8 +90,55 @@ class StreamOptions(_Strict):
     include_usage: bool | None = None
 
 
+class _JsonSchema(_Strict):
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """OpenAI's: text, any JSON object, or an object of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> "ResponseFormat":
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise PydanticCustomError("response_format", "json_schema belongs to the type json_schema, and to no other")
+        return self
+
+
+class StructuredOutputs(_Strict):
+    """vLLM's: exactly one of these."""
+
+    json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    regex: Pattern | None = None
+    grammar: Pattern | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=CHOICES)] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "StructuredOutputs":
+        if len(self.wanted()) != 1:
+            raise PydanticCustomError("structured_outputs", "give exactly one of json, regex, grammar and choice")
+        return self
+
+    def wanted(self) -> dict[str, Any]:
+        found = {"json": self.json_, "regex": self.regex, "grammar": self.grammar, "choice": self.choice}
+        return {name: value for name, value in found.items() if value is not None}
+
+
 class _Request(_Strict):
     model: ModelName
+    n: Texts | None = None
+    min_p: MinP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Repetition | None = None
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=BIASES)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
@@ -108,13 +154,39 @@ class _Request(_Strict):
             raise PydanticCustomError("stream_options", "stream_options is only for stream: true")
         return self
 
+    @model_validator(mode="after")
+    def _one_shape(self) -> "_Request":
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise PydanticCustomError("structured_outputs", "give response_format or structured_outputs, not both")
+        return self
+
+    @property
+    def texts(self) -> int:
+        return self.n or 1
+
+    @property
+    def shape(self) -> tuple[str, dict[str, Any]] | None:
+        """The field that says what answers must look like, and what it says as `Grammars.compile` takes it."""
+        if self.structured_outputs is not None:
+            return "structured_outputs", self.structured_outputs.wanted()
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        schema = self.response_format.json_schema
+        return "response_format", {"json": {"type": "object"} if schema is None else schema.schema_}
+
     @property
     def with_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def _sampling(self, max_tokens: int | None) -> Sampling:
+    def _sampling(self, max_tokens: int | None, logprobs: int | None) -> Sampling:
         return Sampling(
             max_tokens=max_tokens,
+            logprobs=logprobs,
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
@@ -128,9 +200,10 @@ class CompletionRequest(_Request):
 
     prompt: Annotated[Any, PlainValidator(_one_prompt)]
     max_tokens: MaxTokens | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def sampling(self) -> Sampling:
-        return self._sampling(16 if self.max_tokens is None else self.max_tokens)
+        return self._sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
 
 
 class Message(_Strict):
@@ -144,6 +217,14 @@ class ChatRequest(_Request):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs is only for logprobs: true")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> "ChatRequest":
@@ -152,7 +233,8 @@ class ChatRequest(_Request):
         return self
 
     def sampling(self) -> Sampling:
-        return self._sampling(self.max_completion_tokens if self.max_tokens is None else self.max_tokens)
+        length = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        return self._sampling(length, (self.top_logprobs or 0) if self.logprobs else None)
 
 
 def read_completion(body: Any) -> CompletionRequest:

@@ -1,15 +1,17 @@
 """The body of a streamed answer: server-sent events, one a piece of text, as the model makes them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import dataclasses
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Final
 
 from fastapi.responses import Response
 
 from llmos_cli.serve import wire
-from llmos_cli.serve.engine import Piece
+from llmos_cli.serve.answers import Answers
 from llmos_cli.serve.guard import Receive, Send, fault_text, internal_error, shutting_down
+from llmos_cli.serve.sequence import Piece
 from llmos_cli.serve.worker import Job
 
 SEND_SECONDS: Final = 60.0  # a client that takes nothing for so long is let go
@@ -19,12 +21,20 @@ class EventStream(Response):
     """Owns the job from here on. `first` is its first piece: a fault before it could still have a status of its own."""
 
     def __init__(
-        self, job: Job, first: Piece, reply: wire.Completion, prompt_tokens: int, fault: Callable[[str], None]
+        self,
+        job: Job,
+        first: Piece,
+        answers: Answers,
+        reply: wire.Completion,
+        prompt_tokens: int,
+        fault: Callable[[str], None],
+        headers: Mapping[str, str],
     ) -> None:
-        super().__init__(headers={"cache-control": "no-cache"}, media_type="text/event-stream")
+        super().__init__(headers={"cache-control": "no-cache", **headers}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._job = job
         self._first = first
+        self._answers = answers
         self._reply = reply
         self._prompt_tokens = prompt_tokens
         self._fault = fault
@@ -44,16 +54,18 @@ class EventStream(Response):
 
     async def _events(self, request_id: str) -> AsyncGenerator[bytes, None]:
         try:
-            opening = self._reply.opening()
+            opening = self._reply.opening(self._answers.texts)
             if opening is not None:
                 yield wire.event(opening)
             piece: Piece | None = self._first
             while piece is not None:
-                if piece.text:
-                    yield wire.event(self._reply.chunk(piece.text))
-                if piece.finish_reason is not None:
-                    yield wire.event(self._reply.chunk("", piece.finish_reason))
-                    closing = self._reply.closing(wire.usage(self._prompt_tokens, piece.tokens))
+                answer = self._answers.add(piece)
+                if answer.text or answer.tokens:
+                    yield wire.event(self._reply.chunk(dataclasses.replace(answer, finish_reason=None)))
+                if answer.finish_reason is not None:
+                    yield wire.event(self._reply.chunk(wire.Answer(answer.index, "", answer.finish_reason)))
+                if self._answers.over:
+                    closing = self._reply.closing(self._answers.usage(self._prompt_tokens))
                     if closing is not None:
                         yield wire.event(closing)
                     yield wire.DONE

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from llmos_cli.formats.ids import object_id
 from llmos_cli.serve.app import Served
 from llmos_cli.serve.background import serving
 from llmos_cli.serve.engine import Engine
+from llmos_cli.serve.runner.lean import LeanRunner
+from llmos_cli.serve.runner.linears import Kernels
+from llmos_cli.serve.sequence import Piece
 
 CORPUS = ["the quick brown fox jumps over the lazy dog. Grüße an alle, 你好世界 🙂 "] * 20
 CHAT_TEMPLATE = (
@@ -85,23 +89,83 @@ def chat_template() -> str:
     return CHAT_TEMPLATE
 
 
+def make_engine(model: Any, tokenizer: Any, *, lean: bool = True, slots: int = 8) -> Engine:
+    runner = LeanRunner(model, Kernels("fp32"), budget=256 << 20, slots=slots) if lean else None
+    return Engine(model, tokenizer, runner=runner)
+
+
+class Scripted:
+    """An engine with one place that says what a test wants to see; everything else is `real`'s."""
+
+    def __init__(
+        self, script: Callable[[list[int], Callable[[], bool]], Iterator[Piece]], real: Engine | None = None
+    ) -> None:
+        if real is not None:
+            self.encoder, self.context, self.room = real.encoder, real.context, real.room
+        self.runner = SimpleNamespace(slots=1)
+        self._script = script
+        self._queue: list[SimpleNamespace] = []
+
+    def request(self, prompt: list[int], sampling: Any, emit: Any, **how: Any) -> SimpleNamespace:
+        script = self._script(prompt, how["cancelled"])
+        return SimpleNamespace(script=script, emit=emit, **how)
+
+    def add(self, request: SimpleNamespace) -> None:
+        self._queue.append(request)
+
+    def step(self) -> bool:
+        for request in [request for request in self._queue[1:] if request.cancelled()]:
+            self._leave(request)
+        if not self._queue:
+            return False
+        request = self._queue[0]
+        try:
+            request.emit(next(request.script))
+        except StopIteration:
+            self._leave(request)
+        except Exception as exc:  # noqa: BLE001 - as the real one does
+            request.failed(exc)
+            self._leave(request)
+        return True
+
+    def drop_all(self, error: Exception | None) -> None:
+        for request in list(self._queue):
+            if error is not None:
+                request.failed(error)
+            self._leave(request)
+
+    def _leave(self, request: SimpleNamespace) -> None:
+        self._queue.remove(request)
+        request.left()
+
+
 @pytest.fixture(scope="session")
-def engine() -> Engine:
+def scripted() -> type[Scripted]:
+    return Scripted
+
+
+@pytest.fixture(scope="session")
+def build_engine() -> Callable[..., Engine]:
+    return make_engine
+
+
+@pytest.fixture(scope="session", params=["lean", "transformers"])
+def engine(request: pytest.FixtureRequest) -> Engine:
     tokenizer = make_tokenizer()
-    return Engine(make_model(len(tokenizer)), tokenizer)
+    return make_engine(make_model(len(tokenizer)), tokenizer, lean=request.param == "lean")
 
 
 @pytest.fixture(scope="session")
 def chat_engine() -> Engine:
     tokenizer = make_tokenizer(chat_template=CHAT_TEMPLATE)
-    return Engine(make_model(len(tokenizer), context=128), tokenizer)
+    return make_engine(make_model(len(tokenizer), context=128), tokenizer)
 
 
 @pytest.fixture(scope="session")
 def endless_engine() -> Engine:
-    """Never ends by itself, and has room for thousands of tokens."""
+    """Never ends by itself, and has room for thousands of tokens, of one text at a time."""
     tokenizer = make_tokenizer(eos=False)
-    return Engine(make_model(len(tokenizer), context=8192), tokenizer)
+    return make_engine(make_model(len(tokenizer), context=8192), tokenizer, slots=1)
 
 
 @pytest.fixture

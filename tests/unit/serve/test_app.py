@@ -1,4 +1,5 @@
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,9 @@ import pytest
 from llmos_cli.formats.ids import object_id
 from llmos_cli.serve.app import Served
 from llmos_cli.serve.background import serving
-from llmos_cli.serve.engine import Engine, Piece
+from llmos_cli.serve.engine import Engine
 from llmos_cli.serve.sampling import Sampling
+from llmos_cli.serve.sequence import Piece
 
 COMPLETION = {"model": "tiny", "prompt": "the fox", "max_tokens": 8, "seed": 1}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "seed": 1}
@@ -45,20 +47,15 @@ def wait_until(done: Callable[[], bool], seconds: float = 20.0) -> None:
 def steps(endless_engine: Engine) -> Iterator[list[float]]:
     """Grows with each step of the endless model."""
     seen: list[float] = []
-    hook = endless_engine._model.register_forward_pre_hook(lambda *_: seen.append(time.monotonic()))
+    run = endless_engine.runner.run
+
+    def noted(spans: Any) -> Any:
+        seen.append(time.monotonic())
+        return run(spans)
+
+    endless_engine.runner.run = noted  # type: ignore[method-assign]
     yield seen
-    hook.remove()
-
-
-class Scripted:
-    """An engine that says what a test wants to see; everything else is the real one's."""
-
-    def __init__(self, real: Engine, pieces: Callable[[], Iterator[Piece]]) -> None:
-        self.encoder, self.context, self.room = real.encoder, real.context, real.room
-        self._pieces = pieces
-
-    def generate(self, prompt: Any, sampling: Any, cancelled: Any) -> Iterator[Piece]:
-        return self._pieces()
+    endless_engine.runner.run = run  # type: ignore[method-assign]
 
 
 def test_health_and_models(serve, engine: Engine) -> None:
@@ -215,10 +212,12 @@ def test_more_than_may_wait_are_told_to_come_back(serve, endless_engine: Engine)
     assert error(refused)["type"] == "server_error"
 
 
-def test_a_fault_in_the_model_is_a_500_without_detail_and_the_next_request_works(serve, chat_engine: Engine) -> None:
+def test_a_fault_in_the_model_is_a_500_without_detail_and_the_next_request_works(
+    serve, chat_engine: Engine, scripted
+) -> None:
     faults: list[str] = []
     scripts = iter([raising(RuntimeError("/secret/path")), iter([Piece("fine", 1, "stop")])])
-    url = serve(Scripted(chat_engine, lambda: next(scripts)), fault=faults.append)
+    url = serve(scripted(lambda *_: next(scripts), chat_engine), fault=faults.append)
     response = post(url, "completions", COMPLETION)
     assert response.status_code == 500
     assert error(response)["message"] == f"internal error; request id {response.headers['x-request-id']}"
@@ -228,9 +227,10 @@ def test_a_fault_in_the_model_is_a_500_without_detail_and_the_next_request_works
     assert post(url, "completions", COMPLETION).json()["choices"][0]["text"] == "fine"
 
 
-def test_a_fault_in_mid_stream_is_the_last_event(serve, chat_engine: Engine) -> None:
+def test_a_fault_in_mid_stream_is_the_last_event(serve, chat_engine: Engine, scripted) -> None:
     faults: list[str] = []
-    url = serve(Scripted(chat_engine, lambda: raising(RuntimeError("x"), Piece("some", 1))), fault=faults.append)
+    script = lambda *_: raising(RuntimeError("x"), Piece("some", 1))  # noqa: E731
+    url = serve(scripted(script, chat_engine), fault=faults.append)
     response = post(url, "completions", COMPLETION | {"stream": True})
     blocks = response.text.strip().split("\n\n")
     assert json.loads(blocks[0].removeprefix("data: "))["choices"][0]["text"] == "some"
@@ -276,3 +276,120 @@ def test_stopping_lets_a_short_answer_finish_and_ends_a_long_one_with_an_error(e
         wait_until(lambda: len(steps) > 0)
     assert short.result().json()["usage"]["completion_tokens"] == 300
     assert faults == []
+
+
+def test_several_texts_of_one_request(serve, chat_engine: Engine) -> None:
+    url = serve(chat_engine)
+    body = COMPLETION | {"n": 3, "max_tokens": 6}
+    whole = post(url, "completions", body).json()
+    texts = [choice["text"] for choice in whole["choices"]]
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert texts[0] == post(url, "completions", body | {"n": 1}).json()["choices"][0]["text"]
+    assert whole["usage"]["completion_tokens"] == 18
+    streamed = ["", "", ""]
+    ends = []
+    for chunk in events(post(url, "completions", body | {"stream": True})):
+        (choice,) = chunk["choices"]
+        streamed[choice["index"]] += choice["text"]
+        ends += [choice["index"]] if choice["finish_reason"] else []
+    assert streamed == texts
+    assert sorted(ends) == [0, 1, 2]
+
+
+def test_more_texts_than_places_are_refused(serve, endless_engine: Engine) -> None:
+    response = post(serve(endless_engine, waiting=1), "completions", COMPLETION | {"n": 3})
+    assert response.status_code == 503
+
+
+def test_log_probabilities_are_those_of_the_tokens(serve, chat_engine: Engine) -> None:
+    url = serve(chat_engine)
+    body = COMPLETION | {"temperature": 0, "logprobs": 3, "max_tokens": 4}
+    (choice,) = post(url, "completions", body).json()["choices"]
+    told = choice["logprobs"]
+    assert "".join(told["tokens"]) == choice["text"]
+    assert told["text_offset"] == [len("".join(told["tokens"][:count])) for count in range(4)]
+    for token, logprob, top in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
+        assert len(top) == 3
+        assert max(top, key=top.__getitem__) == token
+        assert top[token] == logprob <= 0
+    streamed = [chunk["choices"][0] for chunk in events(post(url, "completions", body | {"stream": True}))]
+    assert [t for c in streamed if c["logprobs"] for t in c["logprobs"]["token_logprobs"]] == told["token_logprobs"]
+
+    chat = CHAT | {"temperature": 0, "logprobs": True, "top_logprobs": 2, "max_tokens": 5}
+    (choice,) = post(url, "chat/completions", chat).json()["choices"]
+    content = choice["logprobs"]["content"]
+    assert b"".join(bytes(token["bytes"]) for token in content).decode(errors="replace") == choice["message"]["content"]
+    assert [token["token"] for token in content] == [token["top_logprobs"][0]["token"] for token in content]
+    assert post(url, "chat/completions", CHAT).json()["choices"][0]["logprobs"] is None
+
+
+def test_a_token_that_is_ruled_out_or_forced_by_bias(serve, chat_engine: Engine) -> None:
+    url = serve(chat_engine)
+    token = chat_engine.encoder.text("z")[0]
+    forced = post(url, "completions", COMPLETION | {"logit_bias": {str(token): 100}, "max_tokens": 3})
+    assert forced.json()["choices"][0]["text"] == "zzz"
+    unknown = post(url, "completions", COMPLETION | {"logit_bias": {"99999": 1}})
+    assert (unknown.status_code, error(unknown)["param"]) == (400, "logit_bias")
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_keep_to_a_schema(serve, chat_engine: Engine) -> None:
+    url = serve(chat_engine)
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    for seed in range(3):
+        body = CHAT | {"response_format": wanted, "seed": seed, "max_tokens": 80}
+        (choice,) = post(url, "chat/completions", body).json()["choices"]
+        assert choice["finish_reason"] == "stop"
+        found = json.loads(choice["message"]["content"])
+        assert sorted(found) == ["age", "name"]
+        assert isinstance(found["age"], int)
+    body = CHAT | {"response_format": {"type": "json_object"}, "max_tokens": 30, "temperature": 0}
+    assert post(url, "chat/completions", body).json()["choices"][0]["message"]["content"].startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pattern"),
+    [
+        ({"regex": "[a-c]{3}-[0-9]{2}"}, r"[a-c]{3}-[0-9]{2}"),
+        ({"choice": ["yes", "no"]}, r"yes|no"),
+        ({"grammar": 'start: "fox" ("," "dog")*'}, r"fox(,dog)*"),
+        ({"json": {"enum": [1, 2]}}, r"[12]"),
+    ],
+)
+def test_answers_keep_to_a_grammar(serve, chat_engine: Engine, wanted: dict[str, Any], pattern: str) -> None:
+    body = COMPLETION | {"structured_outputs": wanted, "max_tokens": 60}
+    (choice,) = post(serve(chat_engine), "completions", body).json()["choices"]
+    if choice["finish_reason"] == "stop":
+        assert re.fullmatch(pattern, choice["text"])
+    else:
+        assert wanted.keys() == {"grammar"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "field"),
+    [
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "nonsense"}}, "structured_outputs"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}},
+            "response_format",
+        ),
+    ],
+)
+def test_a_shape_that_is_none_is_refused_by_name(serve, chat_engine: Engine, wanted: Any, field: str) -> None:
+    response = post(serve(chat_engine), "chat/completions", CHAT | wanted)
+    assert response.status_code == 400
+    assert error(response)["param"] == field
+
+
+def test_every_answer_names_what_answered(serve, engine: Engine) -> None:
+    response = post(serve(engine), "completions", COMPLETION)
+    assert response.headers["x-model-id"].startswith(f"@{response.json()['system_fingerprint']}")

@@ -1,6 +1,6 @@
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -8,9 +8,11 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from llmos_cli.errors import LlmosError
-from llmos_cli.serve.engine import PREFILL_TOKENS, Engine
+from llmos_cli.serve.engine import Engine
 from llmos_cli.serve.refusal import Refused
+from llmos_cli.serve.runner.spans import Span
 from llmos_cli.serve.sampling import Sampling
+from llmos_cli.serve.scheduler import PREFILL_TOKENS
 
 
 def answer(engine: Engine, prompt: str, **options) -> tuple[str, str | None, int]:
@@ -22,18 +24,22 @@ def answer(engine: Engine, prompt: str, **options) -> tuple[str, str | None, int
 def steps(engine: Engine) -> Iterator[list[int]]:
     """The number of tokens of each step of the model."""
     seen: list[int] = []
-    hook = engine._model.register_forward_pre_hook(
-        lambda _model, _args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    run = engine.runner.run
+
+    def noted(spans: Sequence[Span]) -> torch.Tensor:
+        seen.append(sum(len(span.tokens) for span in spans))
+        return run(spans)
+
+    engine.runner.run = noted  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        hook.remove()
+        engine.runner.run = run  # type: ignore[method-assign]
 
 
-def test_greedy_text_is_what_transformers_generates(engine: Engine) -> None:
+def test_greedy_text_is_what_transformers_generates(engine: Engine, build_model) -> None:
     ids = engine.encoder.text("the quick brown")
-    expected = engine._model.generate(
+    expected = build_model(engine.encoder.size).generate(
         torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=0, pad_token_id=0
     )[0, len(ids) :]
     text, _, _ = answer(engine, "the quick brown", max_tokens=20, temperature=0)
@@ -53,12 +59,13 @@ def test_one_token_is_computed_a_step(engine: Engine) -> None:
     assert seen[1:] == [1] * 5
 
 
-def test_a_long_prompt_is_computed_in_parts_and_gives_the_same_text(endless_engine: Engine) -> None:
+def test_a_long_prompt_is_computed_in_parts_and_gives_the_same_text(endless_engine: Engine, build_model) -> None:
     ids = list(itertools.islice(itertools.cycle(endless_engine.encoder.text("the lazy dog ")), PREFILL_TOKENS + 100))
     with steps(endless_engine) as seen:
         found = list(endless_engine.generate(ids, Sampling(max_tokens=5, temperature=0)))
     assert seen[:2] == [PREFILL_TOKENS, 100]
-    expected = endless_engine._model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
+    model = build_model(endless_engine.encoder.size, context=8192)
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
     assert "".join(piece.text for piece in found) == endless_engine.encoder.decode(expected.tolist())
 
 

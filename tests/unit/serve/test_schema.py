@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import pytest
@@ -74,6 +75,17 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ("stream", 1, "invalid_type"),
         ("stream", "true", "invalid_type"),
         ("user", 5, "invalid_type"),
+        ("n", 0, "invalid_value"),
+        ("n", 17, "invalid_value"),
+        ("n", True, "invalid_type"),
+        ("n", "1", "invalid_type"),
+        ("presence_penalty", 2.5, "invalid_value"),
+        ("frequency_penalty", False, "invalid_type"),
+        ("repetition_penalty", 0, "invalid_value"),
+        ("min_p", 1.5, "invalid_value"),
+        ("logit_bias", {"5": 101}, "invalid_value"),
+        ("logit_bias", {"5": "1"}, "invalid_type"),
+        ("logit_bias", [], "invalid_type"),
         ("model", 5, "invalid_type"),
         ("model", "", "invalid_value"),
         ("zzz", 1, "unknown_parameter"),
@@ -82,24 +94,17 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
 def test_a_bad_value_is_refused_by_the_fields_name(field: str, value: Any, reason: str) -> None:
     for read, body in ((read_completion, COMPLETION), (read_chat, CHAT)):
         named, why = refusal(read, body | {field: value})
-        assert named.partition("[")[0] == field
+        assert re.split(r"[\[.]", named)[0] == field
         assert why == reason
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("n", True),
-        ("n", "1"),
-        ("logprobs", 1),
         ("echo", True),
         ("echo", 0),
         ("best_of", 5),
         ("suffix", "x"),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", False),
-        ("logit_bias", {"5": 1}),
     ],
 )
 def test_what_a_completion_does_not_support_is_refused(field: str, value: Any) -> None:
@@ -109,11 +114,8 @@ def test_what_a_completion_does_not_support_is_refused(field: str, value: Any) -
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "auto"),
-        ("logprobs", True),
-        ("top_logprobs", 0),
         ("reasoning_effort", "low"),
         ("modalities", ["audio"]),
         ("store", True),
@@ -131,7 +133,44 @@ def test_values_that_change_nothing_are_accepted() -> None:
         for field, values in neutral.items():
             for value in values:
                 assert read(body | {field: value}) == read(body)
-    assert read_completion(COMPLETION | {"presence_penalty": 0.0}) == read_completion(COMPLETION)
+    for field in ("presence_penalty", "frequency_penalty", "min_p"):
+        assert read_completion(COMPLETION | {field: 0.0}).sampling() == read_completion(COMPLETION).sampling()
+
+
+def test_what_changes_the_choice_of_tokens_arrives() -> None:
+    body = {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.1, "min_p": 0.1, "n": 3}
+    ask = read_chat(CHAT | body | {"logit_bias": {"5": -100}, "logprobs": True, "top_logprobs": 4})
+    expected = Sampling(
+        presence_penalty=0.5, frequency_penalty=-1, repetition_penalty=1.1, min_p=0.1, logit_bias={5: -100}, logprobs=4
+    )
+    assert (ask.sampling(), ask.texts) == (expected, 3)
+    assert read_chat(CHAT | {"logprobs": True}).sampling().logprobs == 0
+    assert read_chat(CHAT).sampling().logprobs is None
+    assert read_completion(COMPLETION | {"logprobs": 2}).sampling().logprobs == 2
+    assert refusal(read_chat, CHAT | {"top_logprobs": 2}) == ("top_logprobs", "invalid_value")
+    assert refusal(read_chat, CHAT | {"logit_bias": {"fox": 1}})[0].startswith("logit_bias")
+
+
+def test_what_answers_must_look_like_is_one_thing() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    assert read_chat(CHAT | {"response_format": wanted}).shape == ("response_format", {"json": schema})
+    assert read_chat(CHAT | {"response_format": {"type": "json_object"}}).shape == (
+        "response_format",
+        {"json": {"type": "object"}},
+    )
+    assert read_chat(CHAT | {"response_format": {"type": "text"}}).shape is None
+    for kind, value in (("json", schema), ("regex", "a+"), ("grammar", "start: /a/"), ("choice", ["a", "b"])):
+        assert read_completion(COMPLETION | {"structured_outputs": {kind: value}}).shape == (
+            "structured_outputs",
+            {kind: value},
+        )
+    for bad in ({}, {"regex": "a", "choice": ["b"]}):
+        assert refusal(read_chat, CHAT | {"structured_outputs": bad})[0] == "structured_outputs"
+    for bad in ({"type": "json_schema"}, {"type": "text", "json_schema": wanted["json_schema"]}):
+        assert refusal(read_chat, CHAT | {"response_format": bad})[0] == "response_format"
+    both = {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}
+    assert refusal(read_chat, CHAT | both)[0] == "structured_outputs"
 
 
 def test_stream_options_need_a_stream() -> None:

@@ -6,19 +6,9 @@ from typing import Any
 import pytest
 
 from llmos_cli.errors import Busy, LlmosError
-from llmos_cli.serve.engine import Piece
 from llmos_cli.serve.sampling import Sampling
+from llmos_cli.serve.sequence import Piece
 from llmos_cli.serve.worker import Worker
-
-
-class Script:
-    """An engine whose generations a test writes."""
-
-    def __init__(self, generate: Callable[[list[int], Callable[[], bool]], Iterator[Piece]]) -> None:
-        self._generate = generate
-
-    def generate(self, prompt: list[int], sampling: Sampling, cancelled: Callable[[], bool]) -> Iterator[Piece]:
-        return self._generate(prompt, cancelled)
 
 
 def until_cancelled(prompt: list[int], cancelled: Callable[[], bool]) -> Iterator[Piece]:
@@ -28,20 +18,24 @@ def until_cancelled(prompt: list[int], cancelled: Callable[[], bool]) -> Iterato
         yield Piece("x", made)
 
 
-def run(test: Callable[[Worker], Any], generate: Any = until_cancelled, waiting: int = 2) -> None:
-    worker = Worker(Script(generate), waiting=waiting)  # type: ignore[arg-type]
-    worker.start()
-    try:
-        asyncio.run(asyncio.wait_for(test(worker), 20))
-    finally:
-        worker.stop()
-    assert not worker.alive
+@pytest.fixture
+def run(scripted: Any) -> Callable[..., None]:
+    def run(test: Callable[[Worker], Any], generate: Any = until_cancelled, waiting: int = 2) -> None:
+        worker = Worker(scripted(generate), waiting=waiting)
+        worker.start()
+        try:
+            asyncio.run(asyncio.wait_for(test(worker), 20))
+        finally:
+            worker.stop()
+        assert not worker.alive
+
+    return run
 
 
-def test_places_are_bounded_and_come_back() -> None:
+def test_places_are_bounded_and_come_back(run: Callable[..., None]) -> None:
     async def test(worker: Worker) -> None:
         jobs = [worker.admit() for _ in range(3)]
-        with pytest.raises(Busy, match="2 requests are already waiting"):
+        with pytest.raises(Busy, match="3 requests are already waiting"):
             worker.admit()
         for job in jobs:
             job.close()
@@ -52,7 +46,7 @@ def test_places_are_bounded_and_come_back() -> None:
     run(test)
 
 
-def test_closing_stops_the_computation_and_the_next_one_runs() -> None:
+def test_closing_stops_the_computation_and_the_next_one_runs(run: Callable[..., None]) -> None:
     async def test(worker: Worker) -> None:
         for _ in range(50):
             job = worker.admit()
@@ -64,7 +58,7 @@ def test_closing_stops_the_computation_and_the_next_one_runs() -> None:
     run(test)
 
 
-def test_a_slow_reader_does_not_keep_the_place_of_a_finished_computation() -> None:
+def test_a_slow_reader_does_not_keep_the_place_of_a_finished_computation(run: Callable[..., None]) -> None:
     def three(prompt: list[int], cancelled: Callable[[], bool]) -> Iterator[Piece]:
         yield from (Piece("a", 1), Piece("b", 2), Piece("c", 3, "length"))
 
@@ -78,7 +72,7 @@ def test_a_slow_reader_does_not_keep_the_place_of_a_finished_computation() -> No
     run(test, three)
 
 
-def test_an_error_reaches_its_own_request_only() -> None:
+def test_an_error_reaches_its_own_request_only(run: Callable[..., None]) -> None:
     def odd(prompt: list[int], cancelled: Callable[[], bool]) -> Iterator[Piece]:
         if prompt[0] % 2:
             raise ValueError("odd")
@@ -98,7 +92,7 @@ def test_an_error_reaches_its_own_request_only() -> None:
     run(test, odd)
 
 
-def test_a_disconnect_ends_a_request_that_waits() -> None:
+def test_a_disconnect_ends_a_request_that_waits(run: Callable[..., None]) -> None:
     async def test(worker: Worker) -> None:
         first, second = worker.admit(), worker.admit()
         first.start([1], Sampling())
@@ -120,7 +114,7 @@ def test_a_disconnect_ends_a_request_that_waits() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_model_thread_that_dies_is_seen_and_leaves_nobody_waiting() -> None:
+def test_a_model_thread_that_dies_is_seen_and_leaves_nobody_waiting(run: Callable[..., None]) -> None:
     def dying(prompt: list[int], cancelled: Callable[[], bool]) -> Iterator[Piece]:
         raise SystemExit
         yield
@@ -131,9 +125,9 @@ def test_a_model_thread_that_dies_is_seen_and_leaves_nobody_waiting() -> None:
         first.start([1], Sampling())
         second.start([2], Sampling())
         second_started.set()
-        assert await first.next() is None
-        with pytest.raises(LlmosError, match="stopped"):
-            await second.next()
+        for job in (first, second):
+            with pytest.raises(LlmosError, match="stopped"):
+                await job.next()
         assert not worker.alive
         with pytest.raises(LlmosError, match="stopped"):
             worker.admit()
@@ -141,7 +135,7 @@ def test_a_model_thread_that_dies_is_seen_and_leaves_nobody_waiting() -> None:
     run(test, dying)
 
 
-def test_stopping_cancels_what_computes() -> None:
+def test_stopping_cancels_what_computes(run: Callable[..., None]) -> None:
     async def test(worker: Worker) -> None:
         job = worker.admit()
         job.start([1], Sampling())
