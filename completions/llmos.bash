@@ -8,7 +8,7 @@ _llmos_spec() {
         "")
             opts=(--store --json --quiet -q --verbose -v --version --help -h)
             valued=(--store)
-            verbs=(init add checkout ls show log diff tag rm du gc fsck push pull clone backup restore shard train tune eval merge quantize export serve generate doctor completion demo remote)
+            verbs=(init add checkout ls show log diff tag rm du gc fsck push pull clone backup restore shard train tune eval merge quantize export card serve generate doctor completion demo remote)
             ;;
         "init")
             opts=(--store --json --quiet -q --verbose -v --help -h)
@@ -137,6 +137,11 @@ _llmos_spec() {
             valued=(--to --format --type --name --store)
             places=(refs)
             ;;
+        "card")
+            opts=(--to --store --json --quiet -q --verbose -v --help -h)
+            valued=(--to --store)
+            places=(refs)
+            ;;
         "serve")
             opts=(--host --port --insecure --store --json --quiet -q --verbose -v --help -h)
             valued=(--host --port --store)
@@ -222,9 +227,9 @@ _llmos_spec() {
 _llmos_value() {
     kind=
     case "$1 $2" in
-        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "tune --store" | "eval --store" | "merge --store" | "quantize --store" | "export --to" | "export --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
+        " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "tune --store" | "eval --store" | "merge --store" | "quantize --store" | "export --to" | "export --store" | "card --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
         "add --base" | "pull --as" | "shard --labels-from" | "shard --mix" | "train --data" | "train --model" | "train --lora-targets" | "tune --data" | "tune --model" | "tune --valid" | "eval --data" | "eval --against" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
-        "checkout --oms" | "tag --sign" | "tag --new-key" | "train --file" | "train --config") kind=files ;;
+        "checkout --oms" | "tag --sign" | "tag --new-key" | "train --file" | "train --config" | "card --to") kind=files ;;
         "gc --remote") kind=remotes ;;
         "fsck --from") kind="remotes dirs" ;;
         "shard --tokenizer") kind="refs dirs" ;;

@@ -116,6 +116,7 @@ complete -c llmos -n __llmos_at -a eval -d 'Measure how well a model does a data
 complete -c llmos -n __llmos_at -a merge -d 'Make one model of an adapter and its base.'
 complete -c llmos -n __llmos_at -a quantize -d 'Make a model smaller and say what that costs in quality.'
 complete -c llmos -n __llmos_at -a export -d 'Write a model as transformers, vLLM or llama.cpp load it.'
+complete -c llmos -n __llmos_at -a card -d 'Describe a model: what it is, where from, how good.'
 complete -c llmos -n __llmos_at -a serve -d 'Answer OpenAI-style requests with a model, without checking it out.'
 complete -c llmos -n __llmos_at -a generate -d 'Continue a text and print what comes after it.'
 complete -c llmos -n __llmos_at -a doctor -d 'Check Python, libraries, devices, memory, disk and file system.'
@@ -447,6 +448,15 @@ complete -c llmos -n '__llmos_at export' -l json -d 'One JSON object on stdout.'
 complete -c llmos -n '__llmos_at export' -l quiet -s q -d 'No messages, no progress.'
 complete -c llmos -n '__llmos_at export' -l verbose -s v -d 'More about what happens.'
 complete -c llmos -n '__llmos_at export' -l help -s h -d 'Show help and exit.'
+
+# llmos card
+complete -c llmos -n '__llmos_at card' -f -a '(__llmos_refs)'
+complete -c llmos -n '__llmos_at card' -l to -r -F -d 'Write it there; a name in .html makes a page.'
+complete -c llmos -n '__llmos_at card' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
+complete -c llmos -n '__llmos_at card' -l json -d 'One JSON object on stdout.'
+complete -c llmos -n '__llmos_at card' -l quiet -s q -d 'No messages, no progress.'
+complete -c llmos -n '__llmos_at card' -l verbose -s v -d 'More about what happens.'
+complete -c llmos -n '__llmos_at card' -l help -s h -d 'Show help and exit.'
 
 # llmos serve
 complete -c llmos -n '__llmos_at serve' -f -a '(__llmos_refs)'

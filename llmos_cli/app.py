@@ -60,6 +60,7 @@ GROUPS: Final = {
         "merge": "Make one model of an adapter and its base.",
         "quantize": "Make a model smaller and say what that costs in quality.",
         "export": "Write a model as transformers, vLLM or llama.cpp load it.",
+        "card": "Describe a model: what it is, where from, how good.",
     },
     "run": {
         "serve": "Answer OpenAI-style requests with a model, without checking it out.",

@@ -11,6 +11,8 @@ from typing import Final
 
 from llmos_cli import __version__
 from llmos_cli.errors import Damaged, UsageError, from_os_error
+from llmos_cli.export.card import CARD_FILE, FRONT_MATTER, Report, card, reports_of
+from llmos_cli.export.markup import to_markdown
 from llmos_cli.formats import canonical
 from llmos_cli.formats.canonical import Json
 from llmos_cli.formats.ids import ObjectId
@@ -48,22 +50,31 @@ def export(
     if kind:
         params["type"] = kind
     libraries = {name: version(name) for name in LIBRARIES if fmt == "gguf" and _installed(name)}
-    recipe = Recipe("export", params=params, inputs={"model": source}, tools={"llmos": __version__} | libraries)
+    inputs = {"model": source}
+    reports = reports_of(store, source) if fmt == "hf" and manifest.file(CARD_FILE) is None else ()
+    inputs |= {f"report {number}": report.id for number, report in enumerate(reports)}
+    recipe = Recipe("export", params=params, inputs=inputs, tools={"llmos": __version__} | libraries)
     with begin(store, purpose="export", ref=ref) as tx:
         made = find_made(store, recipe)
         if made is not None:
             result = read_manifest(store, made)
         elif fmt == "hf":
-            result = Manifest("model", _hf_files(manifest), {"format": "hf"}, recipe)
+            result = Manifest("model", _hf_files(tx, source, manifest, label, reports), {"format": "hf"}, recipe)
         else:
             result = _gguf(tx, manifest, kind, recipe, progress)
         commit = tx.commit(result, message=f"export: {fmt}")
     return Exported(commit.id, result, made is not None)
 
 
-def _hf_files(manifest: Manifest) -> tuple[FileEntry, ...]:
-    """The folder as others load it: without what only training needs."""
-    return tuple(entry for entry in manifest.files if not entry.path.startswith("training/"))
+def _hf_files(
+    tx: Transaction, source: ObjectId, manifest: Manifest, label: str, reports: tuple[Report, ...]
+) -> tuple[FileEntry, ...]:
+    """The folder as others load it: without what only training needs, with a card if the model brings none."""
+    files = [entry for entry in manifest.files if not entry.path.startswith("training/")]
+    if manifest.file(CARD_FILE) is None:
+        text = FRONT_MATTER + to_markdown(card(tx.store, source, label, reports))
+        files.append(tx.add_bytes(CARD_FILE, text.encode()))
+    return tuple(files)
 
 
 def _gguf(tx: Transaction, manifest: Manifest, kind: str | None, recipe: Recipe, progress: Progress) -> Manifest:

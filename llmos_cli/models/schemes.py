@@ -39,6 +39,11 @@ class Form:
     dynamic: bool = False
 
     @property
+    def label(self) -> str:
+        """For people: "int8", "int4 in 32s"."""
+        return f"{self.name} in {self.group}s" if self.group else self.name
+
+    @property
     def layout(self) -> str:
         return "pack-quantized" if self.packed else f"{self.kind}-quantized"
 

@@ -7,6 +7,7 @@ calibrated, of them.
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol
@@ -96,6 +97,9 @@ def write_quantized(
     }
     if asked.group:
         meta["group"] = asked.group
+    forms = Counter(item.form.label for item in plan.quantized.values())
+    if len(forms) > 1:
+        meta["forms"] = dict(sorted(forms.items()))  # how many tensors of each; config.json names them
     if sparsity is not None:
         meta["sparsity"] = sparsity
     return Manifest("model", (*_companions(source), config, weights), meta, recipe)
