@@ -149,7 +149,10 @@ OWNERS = {
     "numba": ("formats/loops.py", "it costs half a second to import, and numpy must be able to stand in"),
     "llvmlite": ("formats/kernels.py", "native code enters the process through one door"),
     "rich": ("ui/", "one place draws, so that everything else works without a terminal"),
-    "typer": (("app.py", "commands/", "ui/session.py", "ui/settings.py"), "below the commands nobody knows how llmos is called"),
+    "typer": (
+        ("app.py", "commands/", "ui/session.py", "ui/settings.py"),
+        "below the commands nobody knows how llmos is called",
+    ),
     "sqlite3": ("store/packs/index.py", "the index is a cache behind one door"),
     "accelerate": ("train/", "one loop prepares devices"),
     "obstore": ("remote/transports/objectstore.py", "what it does and how it fails is known in one place"),

@@ -90,7 +90,8 @@ def train(
         int | None, typer.Option("--keep-every", metavar="N", help="Keep the weights of every N steps as NAME:step-N.")
     ] = None,
     keep_best: Annotated[
-        str | None, typer.Option("--keep-best", metavar="loss", help="Keep the weights with the least as NAME:best.")
+        str | None,
+        typer.Option("--keep-best", metavar="METRIC", help="Keep the best weights as NAME:best: by loss, eval_loss..."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="S", help="Of weights and data order.  [default: 0]")
@@ -107,6 +108,10 @@ def train(
     ] = None,
     weight_decay: Annotated[
         float | None, typer.Option("--weight-decay", metavar="X", help="Of matrices, in AdamW.  [default: 0.1]")
+    ] = None,
+    log: Annotated[
+        str | None,
+        typer.Option("--log", metavar="tensorboard|wandb|mlflow|trackio", help="Draw the curves there as well."),
     ] = None,
     skip_steps: Annotated[
         str | None,
@@ -193,6 +198,7 @@ def train(
             options=options,
             save_every=save_every,
             eval_every=eval_every,
+            log=log,
             keep=keep,
             resume=resume,
             fork=fork,

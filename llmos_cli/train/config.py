@@ -18,7 +18,9 @@ from llmos_cli.train.method import DEFAULTS, check_method
 PRECISIONS: Final = ("fp32", "bf16")
 SKIPPED: Final = "skip_steps"
 ALLOWED: Final = ("data", "config")  # in what a resumed run may differ from its checkpoint, if it is said
-METRICS: Final = ("loss",)  # what --keep-best can go by
+EVAL: Final = "eval_"  # begins the names of the scores of a split set aside
+FALLING: Final = ("loss", "eval_loss", "eval_perplexity")  # metrics of which less is better
+METRICS: Final = (*FALLING, "eval_accuracy", "eval_macro_f1", "eval_pearson")  # what --keep-best can go by
 DEFAULT_DEPTH: Final = 2
 LR_FROM_SCRATCH: Final = 1e-3
 LR_FROM_MODEL: Final = 5e-5
@@ -164,7 +166,7 @@ class Retention:
             _whole("--keep-every", self.every, 1, MOST_STEPS)
         if self.best is not None and self.best not in METRICS:
             raise UsageError(
-                f"--keep-best {self.best} is not a metric of a run", hint=f"use --keep-best {' or '.join(METRICS)}"
+                f"--keep-best {self.best} is not a metric of a run", hint=f"use one of {', '.join(METRICS)}"
             )
 
 

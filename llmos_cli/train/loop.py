@@ -27,6 +27,7 @@ class StepDone:
     lr: float
     tokens: int
     seconds: float
+    waited: float = 0.0  # of these, for the data
 
 
 class Diverged(LlmosError):
@@ -83,6 +84,7 @@ def run_steps(
         began = time.perf_counter()
         random_state = capture_random_state()
         asked = work(step)
+        waited = time.perf_counter() - began
         lr = learning_rate(step, steps=config.steps, warmup=config.warmup, peak=config.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -99,7 +101,7 @@ def run_steps(
             if not math.isfinite(value):
                 raise Diverged(f"the {what} became {value} at step {step + 1}; the step was not applied")
         optimizer.step()
-        done(StepDone(step + 1, loss, grad_norm, lr, asked.tokens, time.perf_counter() - began))
+        done(StepDone(step + 1, loss, grad_norm, lr, asked.tokens, time.perf_counter() - began, waited))
     return config.steps
 
 

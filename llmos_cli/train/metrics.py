@@ -15,17 +15,29 @@ _LINE_BYTES: Final = 1 << 16  # far above any line of ours: a foreign file must 
 
 
 class RunLog:
-    """Appends to `path`; keeps what it has up to `resumed_at` steps."""
+    """Appends to `path`; keeps what it has up to `resumed_at` steps.
 
-    def __init__(self, path: Path, progress: Progress, *, resumed_at: int = 0) -> None:
+    What the lines say of the run's past outlives them, unless it is made `anew`: `began`, when it was first started (a
+    Unix time, None if that is not known), and `productive`, the seconds of its steps up to `resumed_at`.
+    """
+
+    def __init__(self, path: Path, progress: Progress, *, resumed_at: int = 0, anew: bool = False) -> None:
         self.path = path
+        self.began: float | None = None
+        self.productive = 0.0
         self._progress = progress
         self._file: BinaryIO | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab+") as file:
                 file.seek(0)
-                file.truncate(_kept(file, resumed_at))
+                first = _numbers(file.readline(_LINE_BYTES))
+                if not anew and "time" in first:
+                    self.began = first["time"] - first.get("elapsed", 0.0)
+                file.seek(0)
+                end, last = _kept(file, resumed_at)
+                self.productive = last.get("goodput", 0.0) * last.get("elapsed", 0.0)
+                file.truncate(end)
             self._file = open(path, "ab")  # noqa: SIM115 - closed in __exit__
         except OSError as exc:
             self._give_up(exc)
@@ -61,15 +73,23 @@ class RunLog:
         self._close()
 
 
-def _kept(file: BinaryIO, last_step: int) -> int:
-    """Where the lines up to `last_step` end; a torn or foreign line ends what can be kept."""
-    end = 0
+def _numbers(raw: bytes) -> dict[str, float]:
+    """The numbers of one line; none of a torn or foreign one."""
+    try:
+        value = json.loads(raw) if raw.endswith(b"\n") else None
+    except ValueError:
+        return {}
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return {}
+    return {key: number for key, number in value.items() if type(number) in (int, float)}
+
+
+def _kept(file: BinaryIO, last_step: int) -> tuple[int, dict[str, float]]:
+    """Where the lines up to `last_step` end, and the last of them; a torn or foreign line ends what can be kept."""
+    end, last = 0, dict[str, float]()
     while raw := file.readline(_LINE_BYTES):
-        try:
-            step = json.loads(raw)["step"] if raw.endswith(b"\n") else None
-        except (ValueError, KeyError, TypeError):
+        line = _numbers(raw)
+        if not line or line["step"] > last_step:
             break
-        if type(step) is not int or step > last_step:
-            break
-        end += len(raw)
-    return end
+        end, last = end + len(raw), line
+    return end, last

@@ -24,6 +24,7 @@ from llmos_cli.store.refs.refs import read_ref, ref_names
 from llmos_cli.store.refs.resolve import resolve
 from llmos_cli.train.config import (
     ALLOWED,
+    EVAL,
     SKIPPED,
     Options,
     Retention,
@@ -37,6 +38,7 @@ from llmos_cli.train.config import (
 from llmos_cli.train.config import resolve as resolve_config
 from llmos_cli.train.inputs import check_dataset, check_parent, check_sizes, tokenizer_file
 from llmos_cli.train.origin import CHECKPOINT_TAG, Checkpoint, find_checkpoint, read_checkpoint
+from llmos_cli.train.trackers import check_tracker
 
 BEST_TAG: Final = "best"
 STEP_TAG: Final = "step-"
@@ -64,6 +66,8 @@ class Plan:
     keep: Retention
     origin: Checkpoint | None = None
     eval_every: int | None = None
+    goes_on: bool = False  # asked to be resumed
+    log: str | None = None  # the tracker that draws it
 
     @property
     def key(self) -> str:
@@ -92,8 +96,10 @@ class Plan:
         return None if self.resume is self.origin else self.resume
 
     def is_saved(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step; the last one is always saved."""
-        return step % self.save_every == 0 or (self.keep.every is not None and step % self.keep.every == 0)
+        """Whether a checkpoint is due after this step: it may be the best, or is kept. The last one is always saved."""
+        by_score = self.keep.best is not None and self.keep.best.startswith(EVAL)
+        due = (self.save_every, self.keep.every, self.eval_every if by_score else None)
+        return any(every is not None and step % every == 0 for every in due)
 
 
 def hold_run(store: Store, name: str) -> AbstractContextManager[None]:
@@ -116,6 +122,7 @@ def make_plan(
     fork: str | None = None,
     allow: Collection[str] = (),
     anew: bool = False,
+    log: str | None = None,
 ) -> Plan:
     """Decide what to train; raises UsageError, NotFound, Unsafe or Damaged for what cannot be.
 
@@ -151,6 +158,8 @@ def make_plan(
     data_label = data or f"@{data_id.short}"
     dataset = read_manifest(store, data_id)
     check_dataset(dataset, data_label)
+    if keep.best is not None and keep.best.startswith(EVAL) and eval_every is None:
+        raise UsageError(f"--keep-best {keep.best} goes by scores of the valid split", hint="add --eval-every N")
     if eval_every is not None:
         check_save_every(eval_every, "--eval-every")
         check_split(dataset, "valid")
@@ -216,6 +225,8 @@ def make_plan(
         keep,
         origin,
         eval_every,
+        resume,
+        None if log is None else check_tracker(log),
     )
 
 

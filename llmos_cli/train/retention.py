@@ -20,6 +20,7 @@ from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.refs import read_ref, ref_history
 from llmos_cli.store.refs.relog import trim_log
 from llmos_cli.store.transaction import begin
+from llmos_cli.train.config import FALLING
 from llmos_cli.train.origin import checkpoint_recipe, same_run
 from llmos_cli.train.plan import BEST_TAG, STATE_FOLDER, STEP_TAG, Plan
 
@@ -48,7 +49,9 @@ def _is_better(store: Store, plan: Plan, metric: float) -> bool:
         return True
     assert plan.keep.best is not None
     before = held.meta.get(plan.keep.best) if held.meta.get(METRIC) == plan.keep.best else None
-    return type(before) is not float or metric < before
+    if type(before) is not float:
+        return True
+    return metric < before if plan.keep.best in FALLING else metric > before
 
 
 def _point(store: Store, plan: Plan, tag: str, step: int, checkpoint: Manifest, facts: dict[str, str | float]) -> None:

@@ -1,8 +1,7 @@
 """Training, end to end: builds what a plan names, runs the loop, has checkpoints committed and at last the model."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -25,9 +24,9 @@ from llmos_cli.train.checkpoint import POSITION, Position, decode_position, rest
 from llmos_cli.train.device import describe, is_slow, open_accelerator
 from llmos_cli.train.inputs import row_bytes
 from llmos_cli.train.loop import Diverged, StepDone, run_steps
-from llmos_cli.train.metrics import RunLog
 from llmos_cli.train.optimizer import build_optimizer
 from llmos_cli.train.plan import STATE_FOLDER, Plan
+from llmos_cli.train.reporting import open_reporter
 from llmos_cli.train.result import Trained, publish_model
 from llmos_cli.train.saver import Saved, Saver
 from llmos_cli.train.scoring import score
@@ -61,7 +60,7 @@ def run(
 
     The caller holds the run (`plan.hold_run`) since before the plan was made.
     """
-    config = plan.config
+    began, config = time.time(), plan.config
     origin = plan.origin.id if plan.origin else None
     inputs = [oid for oid in (plan.data_id, plan.model_id, origin) if oid is not None]
     with quiet(), hold(store, f"train {plan.target.name}", inputs), open_accelerator(config.precision) as accelerator:
@@ -80,13 +79,25 @@ def run(
         prepared, optimizer = accelerator.prepare(model, raw)
         set_seed(config.seed)
         position = _restore(store, plan, model, raw)
-        saver = Saver(store, plan, model, raw, small_files=built.small_files, form=built.form, saved=saved)
+
+        def note_saved(event: Saved) -> None:
+            reporter.note_saved(event)
+            saved(event)
+
+        saver = Saver(store, plan, model, raw, small_files=built.small_files, form=built.form, saved=note_saved)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         tokens = None if task_of(plan.data) in RAGGED_TASKS else config.batch * (task.longest - 1)
         device = describe(accelerator.device)
         started(Started(type(model).__name__, parameters, tokens, device, position.step, built.new))
 
-        with stop_flag() as flag, _reporter(store, plan, progress) as reporter, saver, reading_ahead(task, order):
+        with (
+            stop_flag() as flag,
+            open_reporter(
+                store, plan, progress, parameters=parameters, device=accelerator.device, began=began
+            ) as reporter,
+            saver,
+            reading_ahead(task, order),
+        ):
 
             def done(event: StepDone) -> None:
                 nonlocal position
@@ -95,11 +106,10 @@ def run(
                 if valid is not None and plan.eval_every and event.step % plan.eval_every == 0:
                     found = score(valid, prepared, accelerator.device, batch=config.batch)
                     scored = {f"eval_{name}": value for name, value in found.items()}
-                reporter.report(event, scored)
+                saver.note(event, scored)
                 saver.poll()
-                saver.note_loss(event.loss)
-                if plan.is_saved(event.step) and event.step < config.steps:
-                    saver.save(position)
+                stalled = saver.save(position) if plan.is_saved(event.step) and event.step < config.steps else 0.0
+                reporter.report(event, stalled=stalled, scored=scored)
 
             try:
                 reached = run_steps(
@@ -142,46 +152,3 @@ def _restore(store: Store, plan: Plan, model: PreTrainedModel, optimizer: torch.
         raise Damaged(f"{what} says step {plan.start} in its recipe and {position.step} in {POSITION}")
     restore(model, optimizer, load_state_dict(store, plan.resume.manifest, STATE_FOLDER), what)
     return position
-
-
-class _Reporter:
-    """Turns steps into the log's lines and the live line."""
-
-    def __init__(self, log: RunLog, note: Callable[[str], None], advance: Callable[[int], None]) -> None:
-        self.log, self._note, self._advance = log, note, advance
-        self._tokens, self._seconds, self._rate = 0, 0.0, 0.0
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        return self._tokens / self._seconds if self._seconds else None
-
-    def report(self, event: StepDone, scored: Mapping[str, float]) -> None:
-        rate = event.tokens / max(event.seconds, 1e-9)
-        self._rate = _SMOOTHING * self._rate + (1 - _SMOOTHING) * rate if self._rate else rate
-        self._tokens += event.tokens
-        self._seconds += event.seconds
-        self.log.append(
-            {
-                "step": event.step,
-                "loss": event.loss,
-                "lr": event.lr,
-                "grad_norm": event.grad_norm,
-                "tokens": event.tokens,
-                "tokens_per_second": round(rate, 1),
-                "time": round(time.time(), 3),
-                **scored,
-            }
-        )
-        self._note(f"loss {event.loss:.2f} · {self._rate:,.0f} tok/s")
-        self._advance(1)
-
-
-@contextmanager
-def _reporter(store: Store, plan: Plan, progress: Progress) -> Iterator[_Reporter]:
-    path = store.root / "logs" / "train" / f"{plan.target.name}-{plan.key}.jsonl"
-    left = plan.config.steps - plan.start
-    with (
-        RunLog(path, progress, resumed_at=plan.start) as log,
-        progress.task("training", total=left, unit="steps") as task,
-    ):
-        yield _Reporter(log, task.note, task.advance)

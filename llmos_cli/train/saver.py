@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from transformers import PreTrainedModel
 
-from llmos_cli.errors import LlmosError, NoSpace, from_os_error
+from llmos_cli.errors import LlmosError, NoSpace, UsageError, from_os_error
 from llmos_cli.formats.canonical import Json
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import Manifest
@@ -28,6 +28,7 @@ from llmos_cli.store.local import Store
 from llmos_cli.store.transaction import Commit, begin
 from llmos_cli.train.checkpoint import POSITION, TENSORS, Position, capture, encode_position
 from llmos_cli.train.form import Form
+from llmos_cli.train.loop import StepDone
 from llmos_cli.train.origin import checkpoint_recipe
 from llmos_cli.train.plan import Plan, tokenizer_source
 from llmos_cli.train.retention import keep_by_role
@@ -74,6 +75,7 @@ class Saver:
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._grew = 0
         self._losses: list[float] = []  # of the steps since the last checkpoint
+        self._scored: dict[str, float] = {}  # of the last step
         self._staged: dict[str, dict[str, torch.Tensor]] = {}
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: Future[_Written] | None = None
@@ -90,24 +92,38 @@ class Saver:
             return "no checkpoint was made yet"
         return f"{self._plan.checkpoint_ref} holds step {self.last_step:,}"
 
-    def save(self, position: Position) -> None:
-        """Have the state after `position.step` committed unless it was asked for last; waits for the one before."""
+    def save(self, position: Position) -> float:
+        """Have the state after `position.step` committed unless it was asked for last; waits for the one before.
+
+        Returns for how many seconds training stood still.
+        """
         if self._asked == position.step:
-            return
+            return 0.0
         began = time.perf_counter()
         self.finish()
         self._check_space(position)
         weights = self._stage(self._form.file, self._form.weights(self._model))
         state = self._stage(TENSORS, capture(self._model, self._optimizer))
         self._asked = position.step
-        loss = fmean(self._losses) if self._losses else None
-        self._losses = []
+        metric = self._metric()
+        self._losses, self._scored = [], {}
         stalled = time.perf_counter() - began
-        self._in_flight = self._writer.submit(self._write, position, weights, state, stalled, loss)
+        self._in_flight = self._writer.submit(self._write, position, weights, state, stalled, metric)
+        return stalled
 
-    def note_loss(self, loss: float) -> None:
-        """Take note of what a step lost: a checkpoint is judged by the mean since the one before it."""
-        self._losses.append(loss)
+    def note(self, event: StepDone, scored: Mapping[str, float]) -> None:
+        """Take note of what a step lost, and of how it was scored: a checkpoint is judged by the mean loss since the
+        one before it, or by the score of its own step."""
+        self._losses.append(event.loss)
+        self._scored = dict(scored)
+        best = self._plan.keep.best
+        if scored and best is not None and best != "loss" and best not in scored:
+            raise UsageError(f"--keep-best {best} is not a score of this task", hint=f"it has {', '.join(scored)}")
+
+    def _metric(self) -> float | None:
+        if self._plan.keep.best == "loss":
+            return fmean(self._losses) if self._losses else None
+        return self._scored.get(self._plan.keep.best or "")
 
     def poll(self) -> None:
         """Take note of a checkpoint that has been written; raises what stopped the writer."""
@@ -145,7 +161,7 @@ class Saver:
         weights: dict[str, torch.Tensor],
         state: dict[str, torch.Tensor],
         stalled: float,
-        loss: float | None,
+        metric: float | None,
     ) -> _Written:
         began = time.perf_counter()
         plan = self._plan
@@ -167,7 +183,7 @@ class Saver:
                     "checkpoint", tuple(files), self._meta(position), checkpoint_recipe(plan.recipe, position.step)
                 )
                 commit = tx.commit(manifest, message=f"train: step {position.step} of {plan.config.steps}")
-            keep_by_role(self._store, plan, position.step, manifest, loss)
+            keep_by_role(self._store, plan, position.step, manifest, metric)
         except OSError as exc:
             raise self._failed(position, from_os_error(exc, "writing it")) from exc
         except LlmosError as exc:

@@ -172,7 +172,8 @@ def test_metrics_and_progress(store: Store) -> None:
     assert done.log is not None
     lines = [json.loads(line) for line in done.log.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "time"}
+    told = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "time", "seconds", "data_wait"}
+    assert set(lines[0]) == told | {"memory_bytes", "goodput", "elapsed", "eta_seconds"}
     assert lines[-1]["loss"] == done.loss
     assert started[0].tokens_per_step == 4 * 31
     assert started[0].parameters > 0
