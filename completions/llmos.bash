@@ -108,8 +108,8 @@ _llmos_spec() {
             rest="files refs"
             ;;
         "train")
-            opts=(--file --data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --procs --parallel --nnodes --node-rank --rdzv --plan --lora --lora-alpha --lora-targets --resume --verify-resume --store --json --quiet -q --verbose -v --help -h)
-            valued=(--file --data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --skip-steps --fork --allow --procs --parallel --nnodes --node-rank --rdzv --lora --lora-alpha --lora-targets --store)
+            opts=(--file --data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --log --skip-steps --fork --allow --plan --lora --lora-alpha --lora-targets --resume --verify-resume --store --json --quiet -q --verbose -v --help -h)
+            valued=(--file --data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --log --skip-steps --fork --allow --lora --lora-alpha --lora-targets --store)
             places=(refs)
             ;;
         "tune")
@@ -235,6 +235,7 @@ _llmos_value() {
         "shard --tokenizer") kind="refs dirs" ;;
         "shard --dedup") kind="words exact near" ;;
         "train --precision") kind="words fp32 bf16" ;;
+        "train --log") kind="words tensorboard wandb mlflow trackio" ;;
         "tune --split" | "eval --split") kind="words train valid test" ;;
         "tune --pruner") kind="words median hyperband none" ;;
         "quantize --scheme") kind="words int8 int4 w8a8 fp8" ;;
