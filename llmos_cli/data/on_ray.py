@@ -6,6 +6,7 @@ this process alone, so that a run after a kill goes on from what has come.
 """
 
 import logging
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,9 +90,13 @@ def _cluster(place: str) -> Iterator[Any]:
     else:
         options |= {"address": place}
     try:
-        ray.init(**options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is told by the error
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as exc:
-        raise RemoteUnavailable(f"cannot reach the cluster {place}: {exc}") from exc
+        raise RemoteUnavailable(
+            f"cannot reach the cluster {place}: {exc}", hint="its head listens once it runs: ray start --head"
+        ) from exc
     try:
         yield ray
     finally:

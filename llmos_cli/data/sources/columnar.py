@@ -15,6 +15,7 @@ from llmos_cli.formats.limits import MiB
 
 _ROWS: Final = 256
 _GROUP_BYTES: Final = 4096 * MiB
+_BOMB: Final = f"unpacks to more than {MOST_TIMES} times its size, which no text does"
 
 
 def row_groups(path: Path) -> tuple[list[int], tuple[str, ...], int]:
@@ -26,7 +27,7 @@ def row_groups(path: Path) -> tuple[list[int], tuple[str, ...], int]:
     if any(group.total_byte_size > _GROUP_BYTES for group in groups):
         raise Unreadable(f"has a row group that unpacks to more than {_GROUP_BYTES // MiB} MiB")
     if size > max(SMALL_BYTES, MOST_TIMES * path.stat().st_size):
-        raise Unreadable(f"unpacks to more than {MOST_TIMES} times its size, which no text does")
+        raise Unreadable(_BOMB)
     return [group.num_rows for group in groups], tuple(file.schema_arrow.names), size
 
 
@@ -35,12 +36,17 @@ def read_rows(path: Path, start: int, stop: int, columns: Sequence[str]) -> Iter
     import pyarrow as pa
 
     file = _opened(path, columns)
+    done, most = 0, max(SMALL_BYTES, MOST_TIMES * path.stat().st_size)
     names = [name for name in file.schema_arrow.names if name in columns]
     try:
         for batch in file.iter_batches(batch_size=_ROWS, row_groups=range(start, stop), columns=names):
             held = [batch.column(name) for name in names]
             for row in range(batch.num_rows):
-                yield {name: column[row].as_py() for name, column in zip(names, held, strict=True)}
+                fields = {name: column[row].as_py() for name, column in zip(names, held, strict=True)}
+                done += sum(len(value) for value in fields.values() if isinstance(value, str))
+                if done > most:
+                    raise Unreadable(_BOMB)
+                yield fields
     except (pa.ArrowException, OSError) as exc:
         raise Unreadable(f"is damaged: {str(exc)[:200]}") from exc
 

@@ -48,3 +48,21 @@ def test_a_damaged_file_is_told(tmp_path: Path, damage: str) -> None:
     path.write_bytes(data[:-40] if damage == "cut" else b"no parquet" if damage == "other" else bytes(data))
     with pytest.raises(Unreadable, match=r"damaged|not a Parquet file"):
         all_rows(path)
+
+
+def test_one_text_that_is_in_every_row_is_a_bomb_as_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columnar, "SMALL_BYTES", 1 << 20)
+    path = tmp_path / "bomb.parquet"
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), pa.array(["ab " * 10_000]))
+    pq.write_table(pa.table({"text": column}), path)
+    rows, columns, _ = row_groups(path)
+    seen = 0
+
+    def read() -> None:
+        nonlocal seen
+        for row in read_rows(path, 0, len(rows), columns):
+            seen += len(str(row["text"]))
+
+    with pytest.raises(Unreadable, match="unpacks to more than"):
+        read()
+    assert 0 < seen <= max(1 << 20, 250 * path.stat().st_size)
