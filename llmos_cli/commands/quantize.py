@@ -105,6 +105,7 @@ def quantize(
     from llmos_cli.store.packs.objects import read_manifest
     from llmos_cli.store.refs.lineage import ref_labels
     from llmos_cli.store.refs.resolve import Resolved, resolve
+    from llmos_cli.train.evaluate import evaluate_task
 
     here = session(ctx)
     out = here.out
@@ -129,7 +130,9 @@ def quantize(
                 found = dataset_of(store, read_manifest(store, source.id))
                 labels = ref_labels(store).get(found, ()) if found else ()
                 dataset = resolve(store, labels[0]) if labels else Resolved(found, None) if found else None
-            calibration = resolve(store, calibrate_on) if calibrate_on else dataset
+            task = read_manifest(store, dataset.id).meta.get("task") if dataset else None
+            of_task = task in ("mlm", "classify", "pair", "seq2seq")
+            calibration = resolve(store, calibrate_on) if calibrate_on else None if of_task else dataset
             request = make_request(
                 scheme,
                 group=group,
@@ -140,7 +143,7 @@ def quantize(
                 sparsity=sparsity,
                 plain_ends=target_for is not None and TARGETS[target_for].plain_ends,
             )
-            compared_on = dataset.id if dataset else None
+            compared_on = dataset.id if dataset and not of_task else None
             result = run(
                 store,
                 source.id,
@@ -151,8 +154,13 @@ def quantize(
                 started=lambda needed: out.say(f"this takes about {size(needed)} of memory"),
                 progress=out.progress,
             )
-            compared = None
-            if dataset:
+            compared, scored = None, None
+            if dataset and of_task:
+                scored = [
+                    evaluate_task(store, oid, dataset.id, max_rows=max_rows, progress=out.progress)
+                    for oid in (source.id, result.id)
+                ]
+            elif dataset:
                 compared = hold_against(
                     store, result.id, source.id, dataset.id, max_rows=max_rows, progress=out.progress
                 )
@@ -173,9 +181,11 @@ def quantize(
             "kl_mean": compared.kl_mean if compared else None,
             "kl_999": compared.kl_999 if compared else None,
             "same_top": compared.same_top if compared else None,
-            "report": str(compared.id) if compared else None,
+            "metrics_before": dict(scored[0].metrics) if scored else None,
+            "metrics_after": dict(scored[1].metrics) if scored else None,
+            "report": str(compared.id) if compared else str(scored[1].id) if scored else None,
             "data": str(dataset.id) if dataset else None,
-            "rows": compared.rows if compared else None,
+            "rows": compared.rows if compared else scored[1].rows if scored else None,
             "made_before": result.made_before,
         }
     )
@@ -193,6 +203,10 @@ def quantize(
             f"  next token  {100 * compared.same_top:.1f} % the same, KL divergence {compared.kl_mean:.3g} nats "
             f"(99.9 % below {compared.kl_999:.3g})"
         )
+    if dataset and scored:
+        for metric, before in scored[0].metrics.items():
+            out.line(f"  {metric.replace('_', ' '):11s} {before:.4f} -> {scored[1].metrics[metric]:.4f}")
+        out.line(f"  scored on   {plural(scored[1].rows, 'row')} of {dataset.label}")
     _show_kept(out, result)
     if not dataset:
         out.say("perplexity was not measured: the dataset this model was trained on is not known or not in this store")

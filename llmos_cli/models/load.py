@@ -200,9 +200,9 @@ def new_model(config: PretrainedConfig, *, seed: int, head: Head = "causal") -> 
         raise UsageError(f"this configuration makes no model: {configs.one_line(exc)}") from exc
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, head: Head = "causal") -> PreTrainedModel:
     """The model's modules and shapes without memory for its weights."""
-    cls = model_class(config)
+    cls = model_class(config, head)
     try:
         with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             return cls(config)

@@ -20,7 +20,7 @@ from llmos_cli.formats.limits import MiB
 from llmos_cli.formats.manifest import FileEntry, Manifest
 from llmos_cli.formats.safetensors import TensorInfo
 from llmos_cli.models.config import load_config
-from llmos_cli.models.heads import model_class
+from llmos_cli.models.heads import head_of, model_class
 from llmos_cli.models.quiet import quiet
 from llmos_cli.models.weights import read_tensor
 from llmos_cli.quantize.folds import SAMPLE, Inputs
@@ -72,7 +72,7 @@ def open_blocks(store: Store, source: Manifest) -> Blocks:
         config.layer_types = config.layer_types[:1]
     config.dtype = torch.float32
     with quiet(), torch.random.fork_rng(devices=[]):
-        model = model_class(config)(config).float().eval()
+        model = model_class(config, head_of(config))(config).float().eval()
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lists = [(name, module) for name, module in lists if len(module) == 1 and list(module.parameters())]
     if not lists:

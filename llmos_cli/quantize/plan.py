@@ -20,6 +20,7 @@ from llmos_cli.errors import Damaged, LlmosError, UsageError
 from llmos_cli.formats.manifest import FileEntry, Manifest
 from llmos_cli.formats.safetensors import TensorInfo
 from llmos_cli.models.config import load_config
+from llmos_cli.models.heads import head_of
 from llmos_cli.models.load import meta_model
 from llmos_cli.models.quantized import QUANTIZABLE, SCALE, WEIGHT, prepare_quantized, quantizable, tied_modules
 from llmos_cli.models.quiet import quiet
@@ -119,7 +120,7 @@ def make_plan(
     config = load_config(store, manifest)
     if getattr(config, "quantization_config", None) is not None:
         raise UsageError("the model is quantized already", hint="quantize the model it was made from: llmos log REF")
-    model = meta_model(config)
+    model = meta_model(config, head_of(config))
     table = tensor_table(store, manifest)
     reasons = quantizable(model)
     stored = {name: stored_name(name + WEIGHT, model, table) for name in reasons}

@@ -60,7 +60,7 @@ def evaluate_task(
     """
     manifest, dataset = read_manifest(store, model), read_manifest(store, data)
     check_dataset(dataset, f"@{data.short}")
-    check_parent(store, manifest, f"@{model.short}", dataset, f"@{data.short}", adapters=True)
+    check_parent(store, manifest, f"@{model.short}", dataset, f"@{data.short}", to_score=True)
     found_split = check_split(dataset, split)
     bleu = dataset.meta.get("task") == "seq2seq" and _bleu_version()
     recipe = Recipe(

@@ -50,14 +50,15 @@ def check_dataset(data: Manifest, label: str) -> None:
 
 
 def check_parent(
-    store: Store, parent: Manifest, label: str, data: Manifest, data_label: str, *, adapters: bool = False
+    store: Store, parent: Manifest, label: str, data: Manifest, data_label: str, *, to_score: bool = False
 ) -> None:
-    """Raise UsageError or Unsafe unless `parent` is a trainable model that speaks the dataset's tokens."""
-    if parent.kind not in ("model", "checkpoint") and not (adapters and parent.kind == "adapter"):
+    """Raise UsageError or Unsafe unless `parent` is a model that speaks the dataset's tokens, and can be trained or is
+    only `to_score`."""
+    if parent.kind not in ("model", "checkpoint") and not (to_score and parent.kind == "adapter"):
         hint = "llmos merge makes a model of it" if parent.kind == "adapter" else "llmos ls shows what there is"
         raise UsageError(f"{label} is of kind {parent.kind}, not a model", hint=hint)
     table = model_config(store, parent, label)
-    check_trainable(table, label)
+    check_trainable({**table, "quantization_config": None} if to_score else table, label)
     check_sizes(table, label, data, data_label)
     ours, theirs = tokenizer_file(data), tokenizer_file(parent)
     if ours and theirs and not _same_tokenizer(store, ours, theirs):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    BertConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -23,6 +24,7 @@ from transformers import (
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.manifest import FileEntry, Manifest, Recipe
 from llmos_cli.formats.names import parse_ref
+from llmos_cli.models.heads import head_of
 from llmos_cli.models.load import new_model
 from llmos_cli.models.weights import drop_tied, state_tensors
 from llmos_cli.store.local import Store, init_store, open_store
@@ -50,6 +52,15 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
     ),
     "gemma": lambda: GemmaConfig(**SIZES, head_dim=16),
+    "bert": lambda: BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        architectures=["BertForMaskedLM"],
+    ),
     "mamba": lambda: MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8),
 }
 SETTINGS = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
@@ -99,7 +110,7 @@ def put_model(store: Store, tokenizer: bytes) -> Put:
         recipe: Recipe | None = None,
     ) -> ObjectId:
         built = CONFIGS[config]()
-        model = new_model(built, seed=1)
+        model = new_model(built, seed=1, head=head_of(built))
         if noise:
             with torch.no_grad():
                 for parameter in model.parameters():

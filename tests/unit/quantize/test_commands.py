@@ -70,6 +70,21 @@ def test_quantize_tells_size_and_perplexity_before_and_after(run: Run, put_model
     assert "on 4 rows of web:latest" in out
 
 
+def test_a_model_for_a_task_is_measured_by_its_task(run: Run, root: Path) -> None:
+    texts = root.parent / "texts.csv"
+    texts.write_text(
+        "text,label\n" + "".join(f"{word} {number},{word}\n" for number in range(8) for word in ("a", "b"))
+    )
+    assert run("shard", str(texts), "kinds", "--task", "classify", "--tokenizer", "train:300")[0] == 0
+    assert run("train", "tiny", "--data", "kinds", "--depth", "1", "--steps", "2", "--batch", "2")[0] == 0
+    code, out, _ = run("quantize", "tiny", "small", "--scheme", "int4", "--json")
+    assert code == 0
+    result = last(out)
+    assert result["perplexity_after"] is None
+    assert result["metrics_after"]["loss"] == pytest.approx(result["metrics_before"]["loss"], rel=0.05)
+    assert run("eval", "small", "--data", "kinds", "--json")[0] == 0
+
+
 def test_quantize_says_that_perplexity_was_not_measured(run: Run, put_model: Put) -> None:
     put_model()
     code, out, err = run("quantize", "tiny", "small")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from llmos_cli.errors import Damaged, LlmosError, UsageError
 from llmos_cli.formats.ids import ObjectId
@@ -72,6 +72,22 @@ def test_transformers_reads_the_same_model(
         a, b = ours(IDS).logits, theirs(IDS).logits
     # Activations are rounded, too, and then a last bit can move a value to the next step.
     assert (a - b).abs().max() < (0.05 if form.dynamic else 1e-5) * a.abs().max()
+
+
+@pytest.mark.parametrize("form", [INT8, int4(), W8A8], ids=str)
+def test_an_encoder_is_quantized_with_its_head(store: Store, put_model: Put, form: Form, tmp_path: Path) -> None:
+    source = put_model(config="bert")
+    made = make(store, source, Request(form, "search" if form.group else "rtn"))
+    ours = load_model(store, made, head="masked")
+    plain = load_model(store, read_manifest(store, source), head="masked")
+    theirs = AutoModelForMaskedLM.from_pretrained(checked_out(store, made, tmp_path / "model"))
+    with torch.inference_mode():
+        a, b, c = (model(IDS).logits for model in (ours, theirs, plain))
+    assert (a - b).abs().max() < (0.05 if form.dynamic else 1e-5) * a.abs().max()
+    assert (a - c).abs().max() < (0.3 if form.packed else 0.05) * c.abs().max()
+    assert tensor_table(store, made)[
+        "bert.encoder.layer.0.attention.self.query.weight" + ("_packed" if form.packed else "")
+    ][1].dtype == ("I32" if form.packed else "I8")
 
 
 def test_four_bits_take_the_layers_and_eight_what_is_sensitive(store: Store, put_model: Put) -> None:
