@@ -30,6 +30,7 @@ from llmos_cli.store.disk.forks import ForkLock
 from llmos_cli.store.local import Store
 
 CACHE_BYTES: Final = 512 * MiB
+_AHEAD_BYTES: Final = 8 * CHUNK_BYTES
 _OPEN_SHARDS: Final = 64
 
 
@@ -112,7 +113,12 @@ class TokenRows:
 
         A tail of a single token is left out: nothing can be predicted in it.
         """
+        step = max(1, _AHEAD_BYTES // self.row_bytes)
+        told = 0
         for start in range(0, self.rows, batch_size):
+            while told < min(start + batch_size + step, self.rows):
+                self.expect(np.arange(told, min(told + step, self.rows)))
+                told += step
             yield self.batch(np.arange(start, min(start + batch_size, self.rows)))
         tail = self.tail()
         if tail.size > 1:
