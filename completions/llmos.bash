@@ -108,8 +108,8 @@ _llmos_spec() {
             rest="files refs"
             ;;
         "train")
-            opts=(--file --data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --log --skip-steps --fork --allow --plan --lora --lora-alpha --lora-targets --resume --verify-resume --store --json --quiet -q --verbose -v --help -h)
-            valued=(--file --data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --log --skip-steps --fork --allow --lora --lora-alpha --lora-targets --store)
+            opts=(--file --data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --log --skip-steps --fork --allow --procs --parallel --nnodes --node-rank --rdzv --plan --lora --lora-alpha --lora-targets --resume --verify-resume --store --json --quiet -q --verbose -v --help -h)
+            valued=(--file --data --model --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --log --skip-steps --fork --allow --procs --parallel --nnodes --node-rank --rdzv --lora --lora-alpha --lora-targets --store)
             places=(refs)
             ;;
         "tune")
@@ -143,8 +143,8 @@ _llmos_spec() {
             places=(refs)
             ;;
         "serve")
-            opts=(--host --port --insecure --store --json --quiet -q --verbose -v --help -h)
-            valued=(--host --port --store)
+            opts=(--host --port --api-key-file --drain --kernel --dtype --request-log --store --json --quiet -q --verbose -v --help -h)
+            valued=(--host --port --api-key-file --drain --kernel --dtype --request-log --store)
             places=(refs)
             ;;
         "generate")
@@ -229,18 +229,19 @@ _llmos_value() {
     case "$1 $2" in
         " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "tune --store" | "eval --store" | "merge --store" | "quantize --store" | "export --to" | "export --store" | "card --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
         "add --base" | "pull --as" | "shard --labels-from" | "shard --mix" | "train --data" | "train --model" | "train --lora-targets" | "tune --data" | "tune --model" | "tune --valid" | "eval --data" | "eval --against" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
-        "checkout --oms" | "tag --sign" | "tag --new-key" | "train --file" | "train --config" | "card --to") kind=files ;;
+        "checkout --oms" | "tag --sign" | "tag --new-key" | "train --file" | "train --config" | "card --to" | "serve --api-key-file" | "serve --request-log") kind=files ;;
         "gc --remote") kind=remotes ;;
         "fsck --from") kind="remotes dirs" ;;
         "shard --tokenizer") kind="refs dirs" ;;
         "shard --dedup") kind="words exact near" ;;
-        "train --precision") kind="words fp32 bf16" ;;
+        "train --precision" | "serve --dtype") kind="words fp32 bf16" ;;
         "train --log") kind="words tensorboard wandb mlflow trackio" ;;
         "tune --split" | "eval --split") kind="words train valid test" ;;
         "tune --pruner") kind="words median hyperband none" ;;
         "quantize --scheme") kind="words int8 int4 w8a8 fp8" ;;
         "quantize --group") kind="words 32 64 128" ;;
         "export --format") kind="words hf gguf" ;;
+        "serve --kernel") kind="words dynamic packed dense" ;;
     esac
 }
 

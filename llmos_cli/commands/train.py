@@ -1,5 +1,6 @@
 """`llmos train`: make a model out of token shards."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -125,6 +126,14 @@ def train(
         str | None,
         typer.Option("--allow", metavar="data,config", help="What may differ from the checkpoint when resuming."),
     ] = None,
+    procs: Annotated[int, typer.Option("--procs", metavar="N", help="Share each step among N processes.")] = 1,
+    parallel: Annotated[str, typer.Option("--parallel", metavar="ddp", help="What processes share: the rows.")] = "ddp",
+    nnodes: Annotated[int, typer.Option("--nnodes", metavar="N", help="Machines, each with --procs.")] = 1,
+    node_rank: Annotated[int, typer.Option("--node-rank", metavar="K", help="Which machine this is, from 0.")] = 0,
+    rdzv: Annotated[
+        str | None,
+        typer.Option("--rdzv", metavar="HOST:PORT", help="Where the machines meet: the first one.", show_default=False),
+    ] = None,
     show_plan: Annotated[
         bool, typer.Option("--plan", help="Say what the run would take and what fits this machine; train nothing.")
     ] = False,
@@ -159,12 +168,14 @@ def train(
       llmos train tiny --data web --depth 4 --steps 500 --batch 16
       llmos train tiny --resume
       llmos train big --data web --depth 16 --batch 64 --plan
+      llmos train big --data web --depth 16 --batch 64 --procs 2 --accumulate 4
       llmos train tiny2 --fork tiny@200 --lr 1e-4
       llmos train tiny --data web --depth 4 --verify-resume
       llmos train tiny --file train.toml --seed 7
       llmos train tuned --data notes --model tiny --steps 100 --lr 1e-4 --precision bf16
     """
     from llmos_cli.train.config import Options, Retention, parse_allowed, parse_model_config, parse_spans
+    from llmos_cli.train.launch import Launch, check_launch, ignored_config, launch_run
     from llmos_cli.train.method import parse_targets
     from llmos_cli.train.plan import hold_run, make_plan
     from llmos_cli.train.result import publish_model, use_made
@@ -189,7 +200,8 @@ def train(
         skip_steps=None if skip_steps is None else parse_spans(skip_steps),
     )
     keep = Retention(keep_last, keep_every, keep_best)
-    with here.open_store() as store, hold_run(store, name):
+    launch = Launch(procs, nnodes, node_rank, rdzv)
+    with here.open_store() as store, hold_run(store, name) if node_rank == 0 else nullcontext():
         plan = make_plan(
             store,
             name,
@@ -204,7 +216,8 @@ def train(
             fork=fork,
             allow=() if allow is None else parse_allowed(allow),
         )
-        for note in plan.notes:
+        check_launch(launch, parallel, plan.config.batch, plan.config.accumulate)
+        for note in (*plan.notes, *ignored_config(here.home)):
             here.out.say(note)
         if show_plan:
             from llmos_cli.train.resources import find_resources, foresee
@@ -221,6 +234,16 @@ def train(
             trained = use_made(store, plan, plan.made)
         elif plan.resume and plan.start == plan.config.steps:
             trained = publish_model(store, plan, plan.resume.id, plan.resume.manifest)
+        elif launch.ranks > 1:
+            trained = launch_run(
+                store,
+                plan,
+                launch,
+                safe=here.safe_stores,
+                progress=here.out.progress,
+                started=lambda event: _say_start(here.out, plan, event),
+                saved=lambda event: _say_saved(here.out, plan, event),
+            )
         else:
             from llmos_cli.train.run import run
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from llmos_cli.errors import UsageError
 
@@ -18,8 +19,9 @@ _MIXED = {"fp32": "no", "bf16": "bf16"}
 
 
 @contextmanager
-def open_accelerator(precision: str) -> Iterator[Accelerator]:
-    """An Accelerator for one run. Its state is process-wide, so it is cleared before and after: runs do not mix."""
+def open_accelerator(precision: str, ranks: int = 1) -> Iterator[Accelerator]:
+    """An Accelerator for one run of so many ranks, which have joined. Its state is process-wide, so it is cleared
+    before and after: runs do not mix."""
     cuda = torch.cuda.is_available()
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported():
         raise UsageError(f"{torch.cuda.get_device_name()} has no bf16", hint="use --precision fp32")
@@ -27,11 +29,12 @@ def open_accelerator(precision: str) -> Iterator[Accelerator]:
     _forget()
     try:
         # Without cpu=True a machine without a GPU would train every process of a launcher alone, in silence.
-        built = Accelerator(mixed_precision=_MIXED[precision], cpu=not cuda)
-        if built.num_processes != 1:
+        shared = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        built = Accelerator(mixed_precision=_MIXED[precision], cpu=not cuda, kwargs_handlers=[shared])
+        if built.num_processes != ranks:
             raise UsageError(
-                f"{built.num_processes} processes were launched, but training runs in one",
-                hint="start llmos without a launcher",
+                f"{built.num_processes} processes were launched where {ranks} should train",
+                hint="start llmos without a launcher: llmos train ... --procs N",
             )
         # A launcher's environment may set this; accumulation is ours, and backward() would divide twice.
         built.gradient_accumulation_steps = 1

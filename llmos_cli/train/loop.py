@@ -5,13 +5,15 @@ function of the step, results go to a callback, and a step that cannot be applie
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from llmos_cli.errors import LlmosError
+from llmos_cli.errors import LlmosError, UsageError
+from llmos_cli.formats.ids import object_id
 from llmos_cli.train.config import TrainConfig
 from llmos_cli.train.optimizer import learning_rate
 from llmos_cli.train.tasks.work import Work, logits_of, summed_loss
@@ -45,18 +47,40 @@ def accumulate_gradients(
 ) -> torch.Tensor:
     """Add the gradient of the mean loss over all that `work` counts, computed in `parts` micro-batches; returns it.
 
-    Each part adds its summed loss by what the whole step counts, so the split does not change the gradient.
+    Each part adds its summed loss by what the whole step counts, so the split does not change the gradient. Of several
+    ranks each computes its share of the rows; the gradient and what is returned are those of all.
     """
     if not work.counted:
         raise LlmosError("a batch has nothing to predict", hint="choose a larger --batch, or longer documents")
+    ranks = accelerator.num_processes
     total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
-    for inputs, targets in work.parts(parts, accelerator.device):
+    own = work.share(accelerator.process_index, ranks)
+    for part, (inputs, targets) in enumerate(own.parts(parts, accelerator.device), 1):
         if stop():
             raise Stopped
-        loss = summed_loss(*logits_of(model, work, inputs, targets)) / work.counted
-        accelerator.backward(loss)
+        with nullcontext() if part == parts else accelerator.no_sync(model):
+            loss = summed_loss(*logits_of(model, own, inputs, targets)) / work.counted
+            accelerator.backward(loss * ranks if ranks > 1 else loss)  # ranks take the mean of their gradients
         total += loss.detach()
-    return total
+    summed: torch.Tensor = accelerator.reduce(total, "sum")
+    return summed
+
+
+def settle(accelerator: Accelerator, model: Any, optimizer: Any, work: Work, parts: int) -> None:
+    """Let ranks agree on the order in which they add up gradients, by one pass that counts for nothing.
+
+    DistributedDataParallel decides that by its first pass and keeps to it from the second on: without this, the first
+    step after a resume would add up in another order than the same step of a run that was not stopped.
+    """
+    accumulate_gradients(accelerator, model, work, parts)
+    unused = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.grad is None]
+    optimizer.zero_grad()
+    if unused:
+        raise UsageError(
+            f"{len(unused)} weights have no part in this task ({unused[0].removeprefix('module.')}), which several "
+            "processes cannot share",
+            hint="train in one process: leave out --procs",
+        )
 
 
 def run_steps(
@@ -85,10 +109,14 @@ def run_steps(
         random_state = capture_random_state()
         asked = work(step)
         waited = time.perf_counter() - began
-        lr = learning_rate(step, steps=config.steps, warmup=config.warmup, peak=config.lr)
+        lr = learning_rate(
+            step, steps=config.steps, warmup=config.warmup, peak=config.lr, schedule=config.schedule_taken
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
+        if accelerator.process_index:  # the first rank's numbers are in checkpoints, the others' follow from the step
+            torch.manual_seed(_seed_of(config.seed, step, accelerator.process_index))
         try:
             total = accumulate_gradients(accelerator, model, asked, config.accumulate, stop)
         except Stopped:
@@ -103,6 +131,10 @@ def run_steps(
         optimizer.step()
         done(StepDone(step + 1, loss, grad_norm, lr, asked.tokens, time.perf_counter() - began, waited))
     return config.steps
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    return int.from_bytes(object_id(f"{seed} {step} {rank}".encode())[:7])
 
 
 def capture_random_state() -> dict[str, torch.Tensor]:

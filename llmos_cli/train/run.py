@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from llmos_cli.data.layout import RAGGED_TASKS
 from llmos_cli.data.mixing import training_order
-from llmos_cli.errors import Damaged
+from llmos_cli.errors import Damaged, UsageError
 from llmos_cli.models.quiet import quiet
 from llmos_cli.models.weights import load_state_dict
 from llmos_cli.progress import Progress, Silent
@@ -23,9 +24,10 @@ from llmos_cli.train.causal import check_causal
 from llmos_cli.train.checkpoint import POSITION, Position, decode_position, restore
 from llmos_cli.train.device import describe, is_slow, open_accelerator
 from llmos_cli.train.inputs import row_bytes
-from llmos_cli.train.loop import Diverged, StepDone, run_steps
+from llmos_cli.train.loop import Diverged, StepDone, run_steps, settle
 from llmos_cli.train.optimizer import build_optimizer
 from llmos_cli.train.plan import STATE_FOLDER, Plan
+from llmos_cli.train.ranks import ALONE, Rank, agree, any_of, heard_from_first, joined
 from llmos_cli.train.reporting import open_reporter
 from llmos_cli.train.result import Trained, publish_model
 from llmos_cli.train.saver import Saved, Saver
@@ -60,10 +62,32 @@ def run(
 
     The caller holds the run (`plan.hold_run`) since before the plan was made.
     """
+    trained = run_rank(store, plan, ALONE, progress=progress, started=started, saved=saved)
+    assert trained is not None
+    return trained
+
+
+def run_rank(
+    store: Store,
+    plan: Plan,
+    rank: Rank,
+    *,
+    progress: Progress,
+    started: Callable[[Started], None] = lambda _: None,
+    saved: Callable[[Saved], None] = lambda _: None,
+) -> Trained | None:
+    """What one of several processes does of `run`; None from those that do not write, if it was stopped."""
     began, config = time.time(), plan.config
     origin = plan.origin.id if plan.origin else None
     inputs = [oid for oid in (plan.data_id, plan.model_id, origin) if oid is not None]
-    with quiet(), hold(store, f"train {plan.target.name}", inputs), open_accelerator(config.precision) as accelerator:
+    with (
+        quiet(),
+        joined(rank),
+        hold(store, f"train {plan.target.name}", inputs),
+        open_accelerator(config.precision, rank.count) as accelerator,
+    ):
+        if not agree(f"{plan.key} {plan.start} {plan.save_every} {plan.eval_every}"):
+            raise UsageError("the machines do not train the same: their options or checkpoints differ")
         if is_slow(accelerator.device, config.precision):
             progress.warn(f"this processor has no {config.precision} instructions: fp32 is many times faster here")
         built = build(store, plan, progress)
@@ -77,14 +101,22 @@ def run(
             valid = open_task(store, plan.data, model, seed=config.seed, split="valid", progress=Silent())
         raw = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
         prepared, optimizer = accelerator.prepare(model, raw)
+        if rank.count > 1:
+            first = task.work(0, order.batch(0, config.batch))
+            settle(accelerator, prepared, optimizer, first, config.accumulate)
         set_seed(config.seed)
         position = _restore(store, plan, model, raw)
 
         def note_saved(event: Saved) -> None:
+            assert reporter is not None
             reporter.note_saved(event)
             saved(event)
 
-        saver = Saver(store, plan, model, raw, small_files=built.small_files, form=built.form, saved=note_saved)
+        saver = (
+            Saver(store, plan, model, raw, small_files=built.small_files, form=built.form, saved=note_saved)
+            if rank.writes
+            else None
+        )
         parameters = sum(parameter.numel() for parameter in model.parameters())
         tokens = None if task_of(plan.data) in RAGGED_TASKS else config.batch * (task.longest - 1)
         device = describe(accelerator.device)
@@ -92,10 +124,10 @@ def run(
 
         with (
             stop_flag() as flag,
-            open_reporter(
-                store, plan, progress, parameters=parameters, device=accelerator.device, began=began
-            ) as reporter,
-            saver,
+            open_reporter(store, plan, progress, parameters=parameters, device=accelerator.device, began=began)
+            if saver
+            else nullcontext() as reporter,
+            saver or nullcontext(),
             reading_ahead(task, order),
         ):
 
@@ -106,6 +138,8 @@ def run(
                 if valid is not None and plan.eval_every and event.step % plan.eval_every == 0:
                     found = score(valid, prepared, accelerator.device, batch=config.batch)
                     scored = {f"eval_{name}": value for name, value in found.items()}
+                if saver is None or reporter is None:
+                    return
                 saver.note(event, scored)
                 saver.poll()
                 stalled = saver.save(position) if plan.is_saved(event.step) and event.step < config.steps else 0.0
@@ -120,15 +154,19 @@ def run(
                     start=position.step,
                     work=lambda step: task.work(step * config.batch, order.batch(step, config.batch)),
                     done=done,
-                    stop=lambda: bool(flag),
+                    stop=lambda: any_of(bool(flag), accelerator.device),
                 )
             except Diverged as exc:
+                if saver is None:
+                    raise
                 saver.finish()
                 ahead = next(step for step in count(position.step + 1) if not config.skips(step))
                 again = f"llmos train {plan.label} --resume --skip-steps {ahead}"
                 raise Diverged(exc.message, hint=f"{saver.where}; try a smaller --lr, or go around: {again}") from exc
             if reached == config.steps:  # the last ones may have been passed over
                 position = replace(position, step=reached)
+            if saver is None or reporter is None:
+                return heard_from_first(None) if position.step == config.steps else None
             if position.step > 0:
                 saver.save(position)
             saver.finish()
@@ -139,7 +177,8 @@ def run(
                 )
             assert saver.last is not None
             trained = publish_model(store, plan, *saver.last)
-        return replace(trained, tokens_per_second=reporter.tokens_per_second, log=reporter.log.path)
+        trained = replace(trained, tokens_per_second=reporter.tokens_per_second, log=reporter.log.path)
+        return heard_from_first(trained)
 
 
 def _restore(store: Store, plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Position:

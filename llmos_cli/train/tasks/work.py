@@ -3,7 +3,7 @@ the summed loss is divided. A task makes it out of a dataset's batch; the loop d
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -27,6 +27,16 @@ class Work:
     tokens: int
     options: Mapping[str, Any] = field(default_factory=dict)  # for the model, the same for every part
     few: bool = False
+
+    def share(self, rank: int, ranks: int) -> "Work":
+        """The rows of one of several ranks; what they are divided by stays that of the whole step."""
+        if ranks == 1:
+            return self
+        rows = len(self.targets) // ranks
+        own = slice(rank * rows, (rank + 1) * rows)
+        return replace(
+            self, inputs={name: value[own] for name, value in self.inputs.items()}, targets=self.targets[own]
+        )
 
     def parts(self, number: int, device: torch.device) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """The rows in so many runs of equal length, on `device`: inputs and targets."""
