@@ -3,10 +3,13 @@
 import json
 import shlex
 import time
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
+from llmos_cli.errors import from_os_error
 from llmos_cli.ui.session import Session, session
 from llmos_cli.ui.text import duration, size
 
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from socket import socket
 
     from llmos_cli.formats.manifest import Manifest
+    from llmos_cli.serve.guard import Answered
     from llmos_cli.store.local import Store
     from llmos_cli.store.refs.resolve import Resolved
 
@@ -24,35 +28,91 @@ def serve(
     *,
     host: Annotated[str, typer.Option("--host", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow an address that others can reach; there is no authentication.")
-    ] = False,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            metavar="FILE",
+            help="Answer only with the key in this file; an address that others can reach needs one.",
+            show_default=False,
+            readable=False,
+        ),
+    ] = None,
+    drain: Annotated[
+        int, typer.Option("--drain", metavar="SECONDS", min=0, help="When told to stop, let answers finish so long.")
+    ] = 30,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            "--kernel", metavar="dynamic|packed|dense", help="Of quantized weights.  [default: the fastest here]"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="fp32|bf16", help="Of the arithmetic.  [default: the fastest here]")
+    ] = None,
+    request_log: Annotated[
+        Path | None,
+        typer.Option(
+            "--request-log",
+            metavar="FILE",
+            help="Append a line of JSON for each request, without its text.",
+            show_default=False,
+            readable=False,
+        ),
+    ] = None,
 ) -> None:
     """Answer OpenAI-style requests with a model, without checking it out.
 
-    Routes: /v1/models, /v1/completions, /v1/chat/completions (both also as streams), /health. Sixteen texts are made
-    at once, 64 wait, more get 503. Ctrl-C lets those that run finish.
+    Routes: /v1/models, /v1/completions, /v1/chat/completions (both also as streams), /health, /ready, /metrics
+    (Prometheus). Sixteen texts are made at once, 64 wait, more get 503. Ctrl-C lets those that run finish, a second one
+    stops at once.
 
     Examples:
       llmos serve tiny
       llmos serve tiny-int8 --port 8080
-      llmos serve @3f2a9c01 --port 0 --json
+      llmos serve tiny --host 0.0.0.0 --api-key-file key.txt
     """
-    from contextlib import closing
+    from contextlib import ExitStack, closing
 
-    from llmos_cli.serve.servable import check_servable
-    from llmos_cli.serve.server import bind
+    from llmos_cli.serve.servable import check_pins, check_servable
+    from llmos_cli.serve.server import bind, read_key
     from llmos_cli.store.leases import hold
     from llmos_cli.store.refs.resolve import resolve
 
     here = session(ctx)
-    with here.open_store() as store, closing(bind(host, port, insecure=insecure)) as bound:
+    check_pins(kernel, dtype)
+    key = None if api_key_file is None else read_key(api_key_file)
+    with ExitStack() as stack:
+        store = stack.enter_context(here.open_store())
+        bound = stack.enter_context(closing(bind(host, port, guarded=key is not None)))
+        log = None if request_log is None else stack.enter_context(_open_log(request_log))
         found = resolve(store, ref)
-        with hold(store, "serve", [found.id]):
-            _serve(here, store, found, check_servable(store, found), bound, host)
+        stack.enter_context(hold(store, "serve", [found.id]))
+        manifest = check_servable(store, found)
+        _serve(here, store, found, manifest, _How(bound, host, key, drain, log, kernel, dtype))
 
 
-def _serve(here: Session, store: "Store", found: "Resolved", manifest: "Manifest", bound: "socket", host: str) -> None:
+@dataclass(frozen=True)
+class _How:
+    """What the options come to."""
+
+    bound: "socket"
+    host: str
+    key: bytes | None
+    drain: int
+    log: IO[str] | None
+    kernel: str | None
+    dtype: str | None
+
+
+def _open_log(path: Path) -> IO[str]:
+    try:
+        return path.open("a", encoding="utf-8", buffering=1)
+    except OSError as exc:
+        raise from_os_error(exc, f"opening {path}") from exc
+
+
+def _serve(here: Session, store: "Store", found: "Resolved", manifest: "Manifest", how: _How) -> None:
     started = time.perf_counter()
     here.out.say(f"loading {found.label} @{found.id.short}")
     from llmos_cli.serve.app import Served, build_app
@@ -61,10 +121,10 @@ def _serve(here: Session, store: "Store", found: "Resolved", manifest: "Manifest
     from llmos_cli.serve.worker import Worker
 
     seconds = {"libraries": time.perf_counter() - started}
-    loaded = load_engine(store, manifest, here.out.progress)
+    loaded = load_engine(store, manifest, here.out.progress, kernel=how.kernel, dtype=how.dtype)
     seconds |= loaded.seconds
     seconds["first_tokens"] = loaded.engine.warm_up()
-    url = url_of(bound)
+    url = url_of(how.bound)
     result = {
         "url": url,
         "id": str(found.id),
@@ -72,6 +132,8 @@ def _serve(here: Session, store: "Store", found: "Resolved", manifest: "Manifest
         "kind": manifest.kind,
         "device": loaded.device,
         "context": loaded.engine.context,
+        "slots": loaded.engine.runner.slots,
+        "kernels": loaded.kernels,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
 
@@ -82,24 +144,36 @@ def _serve(here: Session, store: "Store", found: "Resolved", manifest: "Manifest
         here.out.text(f"{url}\n")
         here.out.say(
             f"serving {found.label}, {size(manifest.size)} on {loaded.device}, "
-            f"context {loaded.engine.context} tokens; {spent}"
+            f"context {loaded.engine.context} tokens, {loaded.engine.runner.slots} at once; {spent}"
         )
+        here.out.detail("computed with " + ", ".join(f"{name} {kind}" for name, kind in loaded.kernels.items()))
         here.out.hint(f"curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
 
     def fault(text: str) -> None:
         for line in [text] if here.json else text.splitlines():
             here.out.warn(line)
 
+    def answered(request: "Answered") -> None:
+        here.out.detail(f"{request.method} {request.path!r} {request.status} {request.seconds:.3f} s {request.id}")
+        if how.log is not None:
+            line = {"time": round(time.time(), 3), "id": request.id, "method": request.method, "path": request.path}
+            line |= {"status": request.status, "seconds": round(request.seconds, 4), **request.told}
+            how.log.write(json.dumps(line) + "\n")
+
     worker = Worker(loaded.engine)
     app = build_app(
         worker,
         Served(found.label, found.id, int(time.time())),
-        hosts=allowed_hosts(bound, host),
+        hosts=allowed_hosts(how.bound, how.host),
         fault=fault,
-        access=here.out.detail if here.verbose else None,
+        key=how.key,
+        answered=answered,
+        seconds=seconds,
+        draining=lambda: server.stopping,
     )
+    server = HttpServer(app, how.bound, ready, drain_seconds=how.drain)
     worker.start()
     try:
-        HttpServer(app, bound, ready).run()
+        server.run()
     finally:
         worker.stop()

@@ -37,6 +37,11 @@ class Answers:
         return len(self._texts)
 
     @property
+    def made(self) -> int:
+        """Tokens of all texts."""
+        return sum(self._made)
+
+    @property
     def over(self) -> bool:
         return None not in self._reasons
 
@@ -47,7 +52,7 @@ class Answers:
         ]
 
     def usage(self, prompt_tokens: int) -> Mapping[str, Any]:
-        return wire.usage(prompt_tokens, sum(self._made))
+        return wire.usage(prompt_tokens, self.made)
 
     def _token(self, chosen: Chosen) -> wire.TokenText:
         top = tuple(wire.TokenText(*self._encoder.token(token), logprob) for token, logprob in chosen.top)

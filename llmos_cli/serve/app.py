@@ -7,7 +7,7 @@ once. Streams and whole answers end the same way: the place of the request is gi
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +15,15 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from llmos_cli.errors import Busy
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.serve import wire
 from llmos_cli.serve.answers import Answers
-from llmos_cli.serve.guard import CLOSE, RETRY, App, Guard, internal_error, read_json, shutting_down
+from llmos_cli.serve.guard import CLOSE, RETRY, Answered, App, Guard, internal_error, read_json, shutting_down
+from llmos_cli.serve.metrics import CONTENT_TYPE, Metrics
 from llmos_cli.serve.refusal import Refused
 from llmos_cli.serve.schema import ChatRequest, CompletionRequest, read_chat, read_completion
 from llmos_cli.serve.stream import EventStream
@@ -50,12 +52,23 @@ def build_app(
     *,
     hosts: frozenset[str] | None,
     fault: Callable[[str], None],
-    access: Callable[[str], None] | None = None,
+    key: bytes | None = None,
+    answered: Callable[[Answered], None] = lambda _: None,
+    seconds: Mapping[str, float] | None = None,
+    draining: Callable[[], bool] = lambda: False,
 ) -> App:
-    """The ASGI application; `worker` must be started. `fault` and `access` get a line of text each time."""
-    service = _Service(worker, served, fault)
+    """The ASGI application; `worker` must be started.
+
+    `key` is asked of every request but those of /health. `fault` gets a text each time something is wrong inside,
+    `answered` hears of every request that is over. `seconds` are the parts of the start. Once `draining` says so, the
+    server is not ready, and what comes new is refused.
+    """
+    metrics = Metrics(served.label, worker.engine, seconds=seconds)
+    service = _Service(worker, served, fault, metrics, draining)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_api_route("/health", service.health, methods=["GET"], response_model=None)
+    app.add_api_route("/ready", service.ready, methods=["GET"], response_model=None)
+    app.add_api_route("/metrics", service.numbers, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models", service.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{name:path}", service.model, methods=["GET"], response_model=None)
     app.add_api_route("/v1/completions", service.completions, methods=["POST"], response_model=None)
@@ -66,11 +79,25 @@ def build_app(
     app.add_exception_handler(404, _show_http_error)
     app.add_exception_handler(405, _show_http_error)
     app.add_exception_handler(Exception, _show_fault)
-    return Guard(app, hosts=hosts, fault=fault, access=access)
+    paths = {route.path for route in app.routes if isinstance(route, APIRoute)}
+
+    def over(request: Answered) -> None:
+        metrics.answered(request.path if request.path in paths else "other", request.method, request.status)
+        answered(request)
+
+    return Guard(app, hosts=hosts, key=key, fault=fault, answered=over)
 
 
 class _Service:
-    def __init__(self, worker: Worker, served: Served, fault: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        served: Served,
+        fault: Callable[[str], None],
+        metrics: Metrics,
+        draining: Callable[[], bool],
+    ) -> None:
+        self._metrics, self._draining = metrics, draining
         self._worker = worker
         self._engine = worker.engine
         self._served = served
@@ -83,6 +110,14 @@ class _Service:
         status = "ok" if self._worker.alive else "stopped"
         body = {"status": status, "model": self._served.label, "id": str(self._served.id)}
         return JSONResponse(body, 200 if self._worker.alive else 503)
+
+    async def ready(self) -> Response:
+        if self._worker.alive and not self._draining():
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "draining" if self._worker.alive else "stopped"}, 503)
+
+    async def numbers(self) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": [self._entry()]})
@@ -114,7 +149,11 @@ class _Service:
         reply: wire.Completion,
         field: str,
     ) -> Response:
+        if self._draining():
+            raise shutting_down()
         job = self._worker.admit(ask.texts)
+        told: dict[str, Any] = {"stream": bool(ask.stream), "texts": ask.texts}
+        request.state.told = told
         try:
             sampling = ask.sampling()
             self._engine.encoder.check_tokens(sampling.logit_bias, "logit_bias")
@@ -125,6 +164,7 @@ class _Service:
                 where, wanted = ask.shape
                 grammar = await self._aside(lambda: self._engine.grammars.compile(wanted, field=where))
                 matcher = partial(self._engine.grammars.matcher, grammar)
+            told["prompt_tokens"] = len(prompt)
             job.start(prompt, sampling, matcher)
             job.watch(request.receive)
             answers = Answers(self._engine.encoder, ask.texts, logprobs=sampling.logprobs is not None)
@@ -132,8 +172,9 @@ class _Service:
             while (piece := await job.next()) is not None:
                 if ask.stream:
                     # only now, so that a fault in the first step still has its status
-                    return EventStream(job, piece, answers, reply, len(prompt), self._fault, headers)
+                    return EventStream(job, piece, answers, reply, len(prompt), self._fault, headers, told)
                 answers.add(piece)
+                told["completion_tokens"] = answers.made
                 if answers.over:
                     job.close()
                     whole = reply.whole(answers.whole(), answers.usage(len(prompt)))

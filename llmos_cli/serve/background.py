@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from llmos_cli.errors import LlmosError
 from llmos_cli.serve.app import Served, build_app
 from llmos_cli.serve.engine import Engine
+from llmos_cli.serve.guard import Answered
 from llmos_cli.serve.server import HttpServer, allowed_hosts, bind, url_of
 from llmos_cli.serve.worker import Worker
 
@@ -19,6 +20,8 @@ def serving(
     served: Served,
     *,
     fault: Callable[[str], None],
+    key: bytes | None = None,
+    answered: Callable[[Answered], None] = lambda _: None,
     waiting: int = 64,
     drain_seconds: int = 5,
 ) -> Iterator[str]:
@@ -26,7 +29,15 @@ def serving(
     host = "127.0.0.1"
     with closing(bind(host, 0)) as bound:
         worker = Worker(engine, waiting=waiting)
-        app = build_app(worker, served, hosts=allowed_hosts(bound, host), fault=fault)
+        app = build_app(
+            worker,
+            served,
+            hosts=allowed_hosts(bound, host),
+            fault=fault,
+            key=key,
+            answered=answered,
+            draining=lambda: server.stopping,
+        )
         started = threading.Event()
         server = HttpServer(app, bound, started.set, drain_seconds=drain_seconds)
         thread = threading.Thread(target=server.run, name="llmos-http", daemon=True)

@@ -46,7 +46,6 @@ class Engine:
         *,
         runner: Runner | None = None,
         prefix_bytes: int = PREFIX_BYTES,
-        watch: Callable[[Request], None] = lambda _: None,
     ) -> None:
         if not model.can_generate():
             raise LlmosError(f"a {type(model).__name__} cannot generate text")
@@ -57,7 +56,7 @@ class Engine:
         self._tokenizer = tokenizer
         self.runner = runner or GenericRunner(model)
         self.prefixes = PrefixCache(prefix_bytes)
-        self.scheduler = Scheduler(self.runner, prefixes=self.prefixes, watch=watch)
+        self.scheduler = Scheduler(self.runner, prefixes=self.prefixes)
         self._stepping = threading.Lock()
 
     @cached_property

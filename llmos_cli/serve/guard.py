@@ -6,10 +6,13 @@ to the client as a fixed text with a request id.
 """
 
 import asyncio
+import hashlib
+import hmac
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from llmos_cli.errors import Damaged, LlmosError
@@ -28,21 +31,35 @@ RETRY: Final = {"retry-after": "1"}
 CLOSE: Final = {"connection": "close"}  # the rest of the body is not read
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A request that is over: `status` 0 if nothing was sent, `told` what its route says of it (tokens, not text)."""
+
+    id: str
+    method: str
+    path: str
+    status: int
+    seconds: float
+    told: Mapping[str, Any]
+
+
 class Guard:
-    """Wraps the application; `hosts` None means that any Host header is answered."""
+    """Wraps the application; `hosts` None means that any Host header is answered, `key` None that anybody is."""
 
     def __init__(
         self,
         app: App,
         *,
         hosts: frozenset[str] | None,
+        key: bytes | None = None,
         fault: Callable[[str], None],
-        access: Callable[[str], None] | None = None,
+        answered: Callable[[Answered], None] = lambda _: None,
     ) -> None:
         self._app = app
         self._hosts = hosts
+        self._key = None if key is None else hashlib.sha256(key).digest()
         self._fault = fault
-        self._access = access
+        self._answered = answered
         self._requests = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -75,9 +92,10 @@ class Guard:
                 await _answer(internal_error(request_id), tagged)
         finally:
             self._requests -= 1
-            if self._access is not None:
-                seconds = time.perf_counter() - started
-                self._access(f"{scope['method']} {scope['path']!r} {status} {seconds:.3f} s {request_id}")
+            seconds = time.perf_counter() - started
+            self._answered(
+                Answered(request_id, scope["method"], scope["path"], status, seconds, scope["state"].get("told", {}))
+            )
 
     def _admit(self, scope: Message) -> None:
         if self._requests > REQUESTS:
@@ -85,6 +103,8 @@ class Guard:
                 503, "too many requests at once", kind="server_error", code="overloaded", headers=RETRY | CLOSE
             )
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        if self._key is not None and scope["path"] != "/health":
+            self._check_key(headers.get(b"authorization", ""))
         host = headers.get(b"host", "")
         if self._hosts is not None and host_name(host) not in self._hosts:
             raise ApiError(
@@ -102,6 +122,18 @@ class Guard:
                 kind="permission_error",
                 code="origin_not_allowed",
                 headers=CLOSE,
+            )
+
+    def _check_key(self, header: str) -> None:
+        scheme, _, key = header.partition(" ")
+        given = hashlib.sha256(key.strip().encode("latin-1")).digest()  # of one length: comparing tells nothing
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given, self._key or b""):
+            raise ApiError(
+                401,
+                "this server answers only with its API key: send the header Authorization: Bearer KEY",
+                kind="authentication_error",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer", **CLOSE},
             )
 
 

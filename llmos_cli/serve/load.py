@@ -1,7 +1,7 @@
 """An engine straight out of the store: no checkout, and the time each part took."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -32,8 +32,10 @@ class Loaded:
     seconds: dict[str, float]
 
 
-def load_engine(store: Store, manifest: Manifest, progress: Progress) -> Loaded:
-    """Load weights and tokenizer, and find out how to compute with them."""
+def load_engine(
+    store: Store, manifest: Manifest, progress: Progress, *, kernel: str | None = None, dtype: str | None = None
+) -> Loaded:
+    """Load weights and tokenizer, and find out how to compute with them where `kernel` and `dtype` do not say."""
     clock = _Clock()
     tokenizer = load_tokenizer(store, manifest)
     clock.lap("tokenizer")
@@ -44,6 +46,10 @@ def load_engine(store: Store, manifest: Manifest, progress: Progress) -> Loaded:
     if reason is not None:
         return Loaded(Engine(model, tokenizer), manifest, str(device), {"runner": "transformers"}, clock.laps)
     kernels = pick_kernels(model) if device.type == "cpu" else Kernels(_name(_dtype(model)))
+    if dtype is not None:
+        kernels = replace(kernels, dtype=dtype)
+    if kernel is not None:
+        kernels = replace(kernels, int8=kernel, int4=kernel)
     clock.lap("kernels")
     engine = Engine(model, tokenizer, runner=LeanRunner(model, kernels, budget=CACHE_BYTES))
     clock.lap("build")

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 
@@ -39,15 +39,25 @@ class Request:
     computed: int = 0  # tokens whose keys and values the slot holds
 
 
-class Scheduler:
-    """`watch` hears of every request that has left, for whoever counts."""
+class Watch(Protocol):
+    """Whoever counts."""
 
-    def __init__(
-        self, runner: Runner, *, prefixes: PrefixCache | None = None, watch: Callable[[Request], None] = lambda _: None
-    ) -> None:
+    def token(self, seconds: float) -> None:
+        """A token came so long after the one before."""
+        ...
+
+    def left(self, request: Request) -> None:
+        """A request has ended, however."""
+        ...
+
+
+class Scheduler:
+    """Slots and the queue before them; `watch` may be set."""
+
+    def __init__(self, runner: Runner, *, prefixes: PrefixCache | None = None) -> None:
         self.runner = runner
         self.prefixes = prefixes if runner.rewinds else None
-        self._watch = watch
+        self.watch: Watch | None = None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._free = list(range(runner.slots))
@@ -144,7 +154,10 @@ class Scheduler:
             self._keep(request)  # others may ask the same while this one is answered
         for number, row in enumerate(logits):
             token = request.text.take(row)
-            request.last = time.perf_counter()
+            now = time.perf_counter()
+            if self.watch is not None and request.last is not None:
+                self.watch.token(now - request.last)
+            request.last = now
             if token is None:
                 self._keep(request)
                 self._leave(request)
@@ -169,4 +182,5 @@ class Scheduler:
         else:
             return
         request.left()
-        self._watch(request)
+        if self.watch is not None:
+            self.watch.left(request)

@@ -62,7 +62,7 @@ class Text:
     ) -> None:
         self.tokens, self.made, self.room = list(prompt), 0, room
         self.prompt_length = len(self.tokens)
-        self.finished = False
+        self.finish_reason: str | None = None
         self._emit, self._grammar, self._index = emit, grammar, index
         self._vocabulary = encoder.size  # a padded vocabulary has rows that no token stands for
         self._picker = Picker(sampling, prompt)
@@ -108,7 +108,7 @@ class Text:
         return token
 
     def _finish(self, text: str, reason: str) -> None:
-        self.finished = True
+        self.finish_reason = reason
         self._say(text, reason)
 
     def _say(self, text: str, reason: str | None) -> None:

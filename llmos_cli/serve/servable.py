@@ -9,6 +9,8 @@ from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.resolve import Resolved
 
 KINDS: Final = ("model", "checkpoint", "adapter")
+KERNELS: Final = ("dynamic", "packed", "dense")
+DTYPES: Final = ("fp32", "bf16")
 
 
 def check_servable(store: Store, found: Resolved) -> Manifest:
@@ -20,3 +22,10 @@ def check_servable(store: Store, found: Resolved) -> Manifest:
             hint="llmos ls shows what is what",
         )
     return manifest
+
+
+def check_pins(kernel: str | None, dtype: str | None) -> None:
+    """Raise UsageError for names of kernels and dtypes that there are not."""
+    for option, value, known in (("--kernel", kernel, KERNELS), ("--dtype", dtype, DTYPES)):
+        if value is not None and value not in known:
+            raise UsageError(f"{option} {value!r} is unknown", hint=f"choose one of {', '.join(known)}")

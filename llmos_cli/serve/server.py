@@ -1,7 +1,7 @@
 """The socket and the HTTP server on it: bind first, announce when ready, finish what runs when told to stop.
 
 The socket is bound before anything slow happens, so that a taken port is known at once; it listens only when the
-server answers. SIGINT and SIGTERM stop it gently, a second SIGINT at once.
+server answers. SIGINT and SIGTERM stop it gently, a second one at once.
 """
 
 import errno
@@ -11,20 +11,49 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import uvicorn
 
-from llmos_cli.errors import AccessDenied, Busy, Interrupted, LlmosError, Terminated, Unsafe, UsageError
+from llmos_cli.errors import (
+    AccessDenied,
+    Busy,
+    Interrupted,
+    LlmosError,
+    Terminated,
+    Unsafe,
+    UsageError,
+    from_os_error,
+)
 from llmos_cli.serve.guard import App
 
 DRAIN_SECONDS: Final = 30
 KEEP_ALIVE_SECONDS: Final = 15
 HEADER_BYTES: Final = 64 << 10
+KEY_BYTES: Final = 16
 
 
-def bind(host: str, port: int, *, insecure: bool = False) -> socket.socket:
-    """A bound socket (`port` 0 picks a free one). Anything but a loopback address is Unsafe unless `insecure`."""
+def read_key(path: Path) -> bytes:
+    """The API key in a file: one line that only its owner can read; raises UsageError or Unsafe."""
+    try:
+        mode, key = path.stat().st_mode, path.read_bytes().strip()
+    except OSError as exc:
+        raise from_os_error(exc, f"reading the API key {path}") from exc
+    if mode & 0o077:
+        raise Unsafe(f"others can read the API key in {path}", hint=f"chmod 600 {path}")
+    if len(key) < KEY_BYTES or not key.isascii() or len(key.split()) != 1:
+        raise UsageError(
+            f"{path} holds no API key: one word of at least {KEY_BYTES} letters is needed",
+            hint=f"umask 077; python -c 'import secrets; print(secrets.token_urlsafe(32))' > {path}",
+        )
+    return key
+
+
+def bind(host: str, port: int, *, guarded: bool = False) -> socket.socket:
+    """A bound socket (`port` 0 picks a free one). Anything but a loopback address is Unsafe unless `guarded` by a
+    key."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM) if host else []
     except (socket.gaierror, UnicodeError):
@@ -32,10 +61,10 @@ def bind(host: str, port: int, *, insecure: bool = False) -> socket.socket:
     if not found:
         raise UsageError(f"{host!r} is not an address of this machine", hint="use --host 127.0.0.1")
     family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-    if not insecure and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+    if not guarded and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise Unsafe(
-            f"refused to listen on {host}: the server has no authentication, and others could reach it there",
-            hint="use --host 127.0.0.1, or --insecure if the network itself keeps others out",
+            f"refused to listen on {host}: others could reach the server there, and it would answer everybody",
+            hint="use --host 127.0.0.1, or give an API key with --api-key-file",
         )
     bound = socket.socket(family, kind, protocol)
     try:
@@ -82,6 +111,11 @@ class HttpServer:
         if signals:
             raise Interrupted("the server was stopped")
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._server.should_exit
+
     def stop(self) -> None:
         """Take no more requests, finish those that run, and let `run` return; callable from any thread."""
         self._server.should_exit = True
@@ -95,6 +129,12 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second signal of any kind stops at once."""
+        if self.should_exit:
+            self.force_exit = True
+        super().handle_exit(sig, frame)
 
 
 def _config(app: App, drain_seconds: int) -> uvicorn.Config:

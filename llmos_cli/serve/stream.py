@@ -29,12 +29,13 @@ class EventStream(Response):
         prompt_tokens: int,
         fault: Callable[[str], None],
         headers: Mapping[str, str],
+        told: dict[str, Any],
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", **headers}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._job = job
         self._first = first
-        self._answers = answers
+        self._answers, self._told = answers, told
         self._reply = reply
         self._prompt_tokens = prompt_tokens
         self._fault = fault
@@ -60,6 +61,7 @@ class EventStream(Response):
             piece: Piece | None = self._first
             while piece is not None:
                 answer = self._answers.add(piece)
+                self._told["completion_tokens"] = self._answers.made
                 if answer.text or answer.tokens:
                     yield wire.event(self._reply.chunk(dataclasses.replace(answer, finish_reason=None)))
                 if answer.finish_reason is not None:

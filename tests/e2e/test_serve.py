@@ -126,7 +126,7 @@ def test_the_line_that_says_ready_names_what_is_served(server: Running, store: P
     assert server.info["ref"] == "tiny:latest"
     assert server.info["kind"] == "model"
     assert server.info["context"] == CONTEXT
-    assert set(server.info["seconds"]) == {"libraries", "tokenizer", "model", "first_tokens"}
+    assert set(server.info["seconds"]) == {"libraries", "tokenizer", "model", "kernels", "build", "first_tokens"}
     with open_store(store) as opened:
         held = [lease for lease in live_leases(opened) if lease.purpose == "serve"]
     assert [str(oid) for lease in held for oid in lease.objects] == [server.info["id"]]
@@ -171,7 +171,7 @@ def test_the_official_client_chats(client: openai.OpenAI) -> None:
     [
         ({"extra_body": {"foo": 1}}, "foo"),
         ({"max_tokens": "12"}, "max_tokens"),
-        ({"n": 3}, "n"),
+        ({"n": 40}, "n"),
         ({"prompt": "the quick brown fox " * CONTEXT}, "prompt"),
         ({"max_tokens": CONTEXT}, "max_tokens"),
     ],
@@ -185,16 +185,16 @@ def test_the_official_client_gets_its_own_errors(client: openai.OpenAI, change: 
         client.completions.create(model="other", prompt="the")
 
 
-def test_leaving_a_stream_frees_the_model(client: openai.OpenAI) -> None:
-    started = time.monotonic()
-    client.completions.create(model="tiny", prompt="the", max_tokens=CONTEXT - 10, seed=1)
-    whole = time.monotonic() - started
-    started = time.monotonic()
+def test_leaving_a_stream_frees_the_model(client: openai.OpenAI, server: Running) -> None:
     for _ in range(5):
         with client.completions.create(model="tiny", prompt="the", max_tokens=CONTEXT - 10, stream=True) as stream:
             next(iter(stream))
-    client.completions.create(model="tiny", prompt="the", max_tokens=1)
-    assert time.monotonic() - started < 2.5 * whole
+    end = time.monotonic() + 60
+    while 'vllm:num_requests_running{model_name="tiny:latest"} 0.0' not in httpx.get(f"{server.url}/metrics").text:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'request_success_total{finished_reason="abort",model_name="tiny:latest"} 5.0' in text
 
 
 def test_a_taken_port_is_an_error_before_anything_is_loaded(llmos) -> None:
@@ -209,7 +209,7 @@ def test_a_taken_port_is_an_error_before_anything_is_loaded(llmos) -> None:
 def test_an_open_address_is_refused(llmos) -> None:
     code, _, err = llmos("serve", "tiny", "--host", "0.0.0.0")
     assert code == 14
-    assert "--insecure" in err
+    assert "--api-key-file" in err
 
 
 @pytest.mark.parametrize("command", ["serve", "generate"])

@@ -102,6 +102,7 @@ class Scripted:
     ) -> None:
         if real is not None:
             self.encoder, self.context, self.room = real.encoder, real.context, real.room
+            self.scheduler, self.prefixes = real.scheduler, real.prefixes
         self.runner = SimpleNamespace(slots=1)
         self._script = script
         self._queue: list[SimpleNamespace] = []

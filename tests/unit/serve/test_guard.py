@@ -158,3 +158,38 @@ def test_every_answer_has_its_own_request_id(serve, engine: Engine) -> None:
 )
 def test_a_host_header_is_a_name_and_perhaps_a_port(header: str, name: str) -> None:
     assert host_name(header) == name
+
+
+KEY = b"a-key-of-enough-letters"
+
+
+def test_the_key_guards_every_route_but_health(serve, engine: Engine) -> None:
+    url = serve(engine, key=KEY)
+    assert httpx.get(f"{url}/health").status_code == 200
+    for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY.decode()}, {"authorization": "Basic x"}):
+        for path in ("/ready", "/metrics", "/v1/models", "/nowhere"):
+            response = httpx.get(url + path, headers=given)
+            assert code(response) == (401, "invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert code(post(url, BODY, **given)) == (401, "invalid_api_key")
+    right = {"authorization": f"bearer {KEY.decode()}"}
+    assert httpx.get(f"{url}/v1/models", headers=right).status_code == 200
+    assert post(url, BODY, **right).status_code == 200
+
+
+def test_whoever_runs_the_server_hears_of_every_request_but_not_of_its_text(serve, engine: Engine) -> None:
+    heard: list[guard.Answered] = []
+    url = serve(engine, answered=heard.append)
+    whole = post(url, BODY)
+    streamed = post(url, json.dumps(json.loads(BODY) | {"stream": True}).encode())
+    httpx.get(f"{url}/nowhere")
+    assert [(one.method, one.path, one.status) for one in heard] == [
+        ("POST", "/v1/completions", 200),
+        ("POST", "/v1/completions", 200),
+        ("GET", "/nowhere", 404),
+    ]
+    assert [one.id for one in heard[:2]] == [whole.headers["x-request-id"], streamed.headers["x-request-id"]]
+    prompt = whole.json()["usage"]["prompt_tokens"]
+    for one, stream in zip(heard, (False, True), strict=False):
+        assert one.told == {"stream": stream, "texts": 1, "prompt_tokens": prompt, "completion_tokens": 2}
+        assert one.seconds > 0
