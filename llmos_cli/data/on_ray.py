@@ -95,7 +95,8 @@ def _cluster(place: str) -> Iterator[Any]:
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as exc:
         raise RemoteUnavailable(
-            f"cannot reach the cluster {place}: {exc}", hint="its head listens once it runs: ray start --head"
+            f"cannot reach the cluster {place}: {exc}",
+            hint="start its head with: ray start --head; if it asks who comes, set RAY_AUTH_MODE=token",
         ) from exc
     try:
         yield ray

@@ -68,6 +68,7 @@ def test_a_worker_that_is_killed_changes_nothing_and_no_process_stays(tmp_path: 
     running = subprocess.Popen(
         llmos(tmp_path / "there", *words, "--on", "ray"),
         cwd=tmp_path,
+        env=os.environ | {"HOME": str(tmp_path)},  # where Ray keeps a token
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
