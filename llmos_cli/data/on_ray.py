@@ -46,7 +46,7 @@ def keep_slices(store: Store, job: Job, place: str) -> Iterator[int]:
         yield from range(len(job.slices))
         return
     with _cluster(place) as ray:
-        encode = ray.remote(num_cpus=1, max_retries=_TRIES, runtime_env=_ALONE)(encode_bytes)
+        encode = ray.remote(num_cpus=1, max_retries=_TRIES)(encode_bytes)
         shared = ray.put(_everywhere(job))
         most = max(2, _AHEAD * int(ray.cluster_resources().get("CPU", 1)))
         running: dict[int, Any] = {}
@@ -84,7 +84,7 @@ def _fetched(ray: Any, result: Any, place: str) -> bytes:
 def _cluster(place: str) -> Iterator[Any]:
     import ray
 
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": _ALONE}
     if place == LOCAL:
         options |= {"address": "local", "include_dashboard": False}
     else:

@@ -55,7 +55,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def dataset_id(store: Path) -> str:
-    shown = subprocess.run(llmos(store, "show", "web", "--json"), capture_output=True, check=True, timeout=60)
+    shown = subprocess.run(llmos(store, "show", "web", "--json"), capture_output=True, check=True, timeout=200)
     return str(json.loads(shown.stdout)["id"])
 
 
@@ -64,7 +64,7 @@ def test_a_worker_that_is_killed_changes_nothing_and_no_process_stays(tmp_path: 
     for name in ("here", "there"):
         subprocess.run(llmos(tmp_path / name, "init"), check=True, capture_output=True)
     words = ["shard", corpus.name, "web", "--tokenizer", "train:300", "--seq-len", "64"]
-    subprocess.run(llmos(tmp_path / "here", *words), check=True, capture_output=True, cwd=tmp_path, timeout=60)
+    subprocess.run(llmos(tmp_path / "here", *words), check=True, capture_output=True, cwd=tmp_path, timeout=200)
     running = subprocess.Popen(
         llmos(tmp_path / "there", *words, "--on", "ray"),
         cwd=tmp_path,
