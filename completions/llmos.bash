@@ -108,8 +108,8 @@ _llmos_spec() {
             rest="files refs"
             ;;
         "train")
-            opts=(--file --data --model --init --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --log --skip-steps --fork --allow --procs --parallel --nnodes --node-rank --rdzv --plan --lora --lora-alpha --lora-targets --resume --verify-resume --store --json --quiet -q --verbose -v --help -h)
-            valued=(--file --data --model --init --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --log --skip-steps --fork --allow --procs --parallel --nnodes --node-rank --rdzv --lora --lora-alpha --lora-targets --store)
+            opts=(--file --data --model --init --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --optimizer --schedule --ema --checkpointing --compile --log --skip-steps --fork --allow --procs --parallel --nnodes --node-rank --rdzv --plan --lora --lora-alpha --lora-targets --resume --verify-resume --store --json --quiet -q --verbose -v --help -h)
+            valued=(--file --data --model --init --depth --config --steps --batch --lr --precision --save-every --eval-every --keep-last --keep-every --keep-best --seed --accumulate --warmup --clip --weight-decay --optimizer --schedule --ema --log --skip-steps --fork --allow --procs --parallel --nnodes --node-rank --rdzv --lora --lora-alpha --lora-targets --store)
             places=(refs)
             ;;
         "tune")
@@ -228,7 +228,7 @@ _llmos_value() {
     kind=
     case "$1 $2" in
         " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "tune --store" | "eval --store" | "merge --store" | "quantize --store" | "export --to" | "export --store" | "card --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
-        "add --base" | "pull --as" | "shard --labels-from" | "shard --mix" | "train --data" | "train --model" | "train --lora-targets" | "tune --data" | "tune --model" | "tune --valid" | "eval --data" | "eval --against" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
+        "add --base" | "pull --as" | "shard --labels-from" | "shard --mix" | "train --data" | "train --model" | "train --optimizer" | "train --schedule" | "train --lora-targets" | "tune --data" | "tune --model" | "tune --valid" | "eval --data" | "eval --against" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
         "checkout --oms" | "tag --sign" | "tag --new-key" | "train --file" | "train --init" | "train --config" | "card --to" | "serve --api-key-file" | "serve --request-log") kind=files ;;
         "gc --remote") kind=remotes ;;
         "fsck --from") kind="remotes dirs" ;;

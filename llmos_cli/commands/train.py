@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmos_cli.errors import from_os_error
+from llmos_cli.errors import UsageError, from_os_error
 from llmos_cli.ui.session import Session, session
 from llmos_cli.ui.settings import read_settings
 from llmos_cli.ui.text import count, duration, size
@@ -45,6 +45,15 @@ def train(
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", metavar="REF", help="Start from this model.", show_default=False)
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init",
+            metavar="keras:FILE|tf:PREFIX",
+            help="Start from a BERT of Keras or TensorFlow, kept as NAME-init.",
+            show_default=False,
+        ),
     ] = None,
     depth: Annotated[
         int | None,
@@ -108,8 +117,28 @@ def train(
         float | None, typer.Option("--clip", metavar="X", help="Longest gradient; 0 is off.  [default: 1]")
     ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option("--weight-decay", metavar="X", help="Of matrices, in AdamW.  [default: 0.1]")
+        float | None, typer.Option("--weight-decay", metavar="X", help="Of matrices.  [default: 0.1]")
     ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            "--optimizer", metavar="NAME", help="adamw, muon, adafactor, sgd or schedule-free.  [default: adamw]"
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", metavar="NAME", help="cosine, linear, wsd or constant.  [default: cosine]"),
+    ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            "--ema", metavar="DECAY", help="The model is a moving average of the weights.", show_default=False
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute activations twice, for less memory.")
+    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the model by torch.compile.")] = False,
     log: Annotated[
         str | None,
         typer.Option("--log", metavar="tensorboard|wandb|mlflow|trackio", help="Draw the curves there as well."),
@@ -194,6 +223,11 @@ def train(
         weight_decay=weight_decay,
         depth=depth,
         config=None if config is None else parse_model_config(_read(config), str(config)),
+        optimizer=optimizer,
+        schedule=schedule,
+        ema=ema,
+        checkpointing=checkpointing or None,
+        compile=compiled or None,
         lora=lora,
         lora_alpha=lora_alpha,
         lora_targets=None if lora_targets is None else parse_targets(lora_targets),
@@ -202,6 +236,8 @@ def train(
     keep = Retention(keep_last, keep_every, keep_best)
     launch = Launch(procs, nnodes, node_rank, rdzv)
     with here.open_store() as store, hold_run(store, name) if node_rank == 0 else nullcontext():
+        if init is not None:
+            model = _bring(here, store, name, init, model)
         plan = make_plan(
             store,
             name,
@@ -256,6 +292,21 @@ def train(
             )
     here.out.result(_as_json(plan, trained))
     _show(here.out, plan, trained)
+
+
+def _bring(here: Session, store: "Store", name: str, source: str, model: str | None) -> str:
+    """The ref of a model of another framework, brought in to start from."""
+    if model is not None:
+        raise UsageError("--init and --model both say what to train", hint="give one of them")
+    from llmos_cli.formats.names import RefName, parse_ref
+    from llmos_cli.models.foreign.bring import bring
+
+    brought = bring(store, source, RefName(f"{parse_ref(name).name}-init"))
+    here.out.say(
+        f"{brought.ref} @{brought.id.short} is {source}: {count(brought.tensors)} tensors, hidden states within "
+        f"{brought.difference:.1g} of the original's"
+    )
+    return str(brought.ref)
 
 
 def _verify(here: Session, store: "Store", plan: "Plan", asked: "Asked") -> None:

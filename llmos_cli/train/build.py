@@ -28,6 +28,7 @@ from llmos_cli.models.tokenizers import load_tokenizer
 from llmos_cli.progress import Progress
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_file
+from llmos_cli.train.config import TrainConfig
 from llmos_cli.train.form import Form
 from llmos_cli.train.inputs import dataset_number, model_config
 from llmos_cli.train.plan import Plan
@@ -71,6 +72,16 @@ def build(store: Store, plan: Plan, progress: Progress) -> Built:
         built = _from_nothing(store, plan)
     _check(built.model, plan)
     return built
+
+
+def prepare_model(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Have it use less memory (--checkpointing) or less time (--compile), where the user asked for that."""
+    if config.checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UsageError(f"{type(model).__name__} cannot be trained with --checkpointing", hint="leave it out")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        model.compile()
 
 
 def _from_parent(store: Store, plan: Plan, parent: Manifest, progress: Progress) -> Built:

@@ -120,6 +120,11 @@ class TrainConfig:
     def from_model(self) -> bool:
         return self.depth is None and self.config is None
 
+    @property
+    def schedule_taken(self) -> str:
+        """The schedule; schedule-free AdamW does without one."""
+        return "constant" if self.optimizer == "schedule-free" else self.schedule
+
     def params(self) -> dict[str, Json]:
         """The recipe's parameters; the seed has a place of its own there."""
         table: dict[str, Json] = {

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from llmos_cli.errors import UsageError
 
-OPTIMIZERS: Final = ("adamw", "muon", "adafactor", "sgd", "schedule-free", "adamw8bit")
+OPTIMIZERS: Final = ("adamw", "muon", "adafactor", "sgd", "schedule-free")
 SCHEDULES: Final = ("cosine", "linear", "wsd", "constant")
 DEFAULTS: Final[dict[str, Any]] = {
     "optimizer": "adamw",
@@ -29,6 +29,8 @@ def check_method(values: dict[str, Any], *, from_model: bool) -> None:
         raise UsageError(
             f"--schedule {values['schedule']} does not go with schedule-free, which needs none", hint="leave it out"
         )
+    if values["optimizer"] == "schedule-free" and values["ema"] is not None:
+        raise UsageError("--ema does not go with schedule-free, which averages by itself", hint="leave it out")
     ema = values["ema"]
     if ema is not None and (type(ema) is not float or not 0 < ema < 1):
         raise UsageError(f"--ema {ema} is not a number between 0 and 1", hint="0.999 is usual")

@@ -19,7 +19,8 @@ from llmos_cli.progress import Progress, Silent
 from llmos_cli.store.leases import hold
 from llmos_cli.store.local import Store
 from llmos_cli.store.packs.objects import read_file
-from llmos_cli.train.build import build
+from llmos_cli.train.average import Average, average_of
+from llmos_cli.train.build import build, prepare_model
 from llmos_cli.train.causal import check_causal
 from llmos_cli.train.checkpoint import POSITION, Position, decode_position, restore
 from llmos_cli.train.device import describe, is_slow, open_accelerator
@@ -99,13 +100,15 @@ def run_rank(
         valid = None
         if plan.eval_every is not None:
             valid = open_task(store, plan.data, model, seed=config.seed, split="valid", progress=Silent())
-        raw = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
+        prepare_model(model, config)
+        raw = build_optimizer(model, lr=config.lr, weight_decay=config.weight_decay, name=config.optimizer)
         prepared, optimizer = accelerator.prepare(model, raw)
         if rank.count > 1:
             first = task.work(0, order.batch(0, config.batch))
             settle(accelerator, prepared, optimizer, first, config.accumulate)
+        average = average_of(model, raw, ema=config.ema)
         set_seed(config.seed)
-        position = _restore(store, plan, model, raw)
+        position = _restore(store, plan, model, raw, average)
 
         def note_saved(event: Saved) -> None:
             assert reporter is not None
@@ -113,7 +116,16 @@ def run_rank(
             saved(event)
 
         saver = (
-            Saver(store, plan, model, raw, small_files=built.small_files, form=built.form, saved=note_saved)
+            Saver(
+                store,
+                plan,
+                model,
+                raw,
+                small_files=built.small_files,
+                form=built.form,
+                average=average,
+                saved=note_saved,
+            )
             if rank.writes
             else None
         )
@@ -134,9 +146,11 @@ def run_rank(
             def done(event: StepDone) -> None:
                 nonlocal position
                 position = Position(event.step, position.tokens + event.tokens, event.loss)
+                average.update(event.step)
                 scored: dict[str, float] = {}
                 if valid is not None and plan.eval_every and event.step % plan.eval_every == 0:
-                    found = score(valid, prepared, accelerator.device, batch=config.batch)
+                    with average.shown():
+                        found = score(valid, prepared, accelerator.device, batch=config.batch)
                     scored = {f"eval_{name}": value for name, value in found.items()}
                 if saver is None or reporter is None:
                     return
@@ -181,7 +195,9 @@ def run_rank(
         return heard_from_first(trained)
 
 
-def _restore(store: Store, plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Position:
+def _restore(
+    store: Store, plan: Plan, model: PreTrainedModel, optimizer: torch.optim.Optimizer, average: Average
+) -> Position:
     if plan.resume is None:
         return Position()
     what = f"checkpoint @{plan.resume.id.short}"
@@ -189,5 +205,5 @@ def _restore(store: Store, plan: Plan, model: PreTrainedModel, optimizer: torch.
     position = decode_position(read_file(store, entry) if entry else b"", what)
     if position.step != plan.start:
         raise Damaged(f"{what} says step {plan.start} in its recipe and {position.step} in {POSITION}")
-    restore(model, optimizer, load_state_dict(store, plan.resume.manifest, STATE_FOLDER), what)
+    restore(model, optimizer, load_state_dict(store, plan.resume.manifest, STATE_FOLDER), what, average)
     return position

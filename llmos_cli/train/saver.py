@@ -26,6 +26,7 @@ from llmos_cli.models.weights import state_tensors
 from llmos_cli.store.intake.bases import Base, open_base
 from llmos_cli.store.local import Store
 from llmos_cli.store.transaction import Commit, begin
+from llmos_cli.train.average import Average
 from llmos_cli.train.checkpoint import POSITION, TENSORS, Position, capture, encode_position
 from llmos_cli.train.form import Form
 from llmos_cli.train.loop import StepDone
@@ -68,10 +69,12 @@ class Saver:
         *,
         small_files: Mapping[str, bytes],
         form: Form | None = None,
+        average: Average | None = None,
         saved: Callable[[Saved], None],
     ) -> None:
         self._store, self._plan, self._model, self._optimizer = store, plan, model, optimizer
         self._small_files, self._form, self._saved = small_files, form or Form(), saved
+        self._average = average or Average()
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._grew = 0
         self._losses: list[float] = []  # of the steps since the last checkpoint
@@ -102,8 +105,9 @@ class Saver:
         began = time.perf_counter()
         self.finish()
         self._check_space(position)
-        weights = self._stage(self._form.file, self._form.weights(self._model))
-        state = self._stage(TENSORS, capture(self._model, self._optimizer))
+        with self._average.shown():
+            weights = self._stage(self._form.file, self._form.weights(self._model))
+        state = self._stage(TENSORS, capture(self._model, self._optimizer, self._average))
         self._asked = position.step
         metric = self._metric()
         self._losses, self._scored = [], {}

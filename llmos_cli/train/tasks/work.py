@@ -61,7 +61,7 @@ class Task(Protocol):
 
 def logits_of(model: Any, work: Work, inputs: Mapping[str, torch.Tensor], targets: torch.Tensor) -> Any:
     """What the model says of one part of `work`, and the targets that belong to it."""
-    if not work.few:
+    if not work.few or getattr(model, "_compiled_call_impl", None) is not None:  # what is compiled takes no hook
         return model(**inputs, **work.options).logits, targets
     flat = targets.reshape(-1)
     where = (flat != IGNORED).nonzero().squeeze(1)

@@ -22,6 +22,7 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.models.load import load_model
 from llmos_cli.models.tokenizers import load_tokenizer
+from llmos_cli.models.weights import load_state_dict
 from llmos_cli.progress import Silent
 from llmos_cli.store.checkout import execute_checkout, plan_checkout
 from llmos_cli.store.local import Store, init_store, open_store
@@ -310,3 +311,35 @@ def head(store: Store, name: str) -> ObjectId:
     entry = read_ref(store, parse_ref(name))
     assert entry is not None
     return entry.id
+
+
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        ("classify", {"optimizer": "muon", "ema": 0.9}),
+        ("mlm", {"optimizer": "schedule-free"}),
+        ("pair", {"optimizer": "adafactor", "schedule": "wsd", "lr": 1e-2, "checkpointing": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value.values())),
+)
+def test_other_methods_stop_and_go_on_as_well(store: Store, task: str, method: dict[str, Any]) -> None:
+    root = store.root.with_name("again")
+    shutil.copytree(store.root, root)
+    options = options_for(task, steps=6, **method)
+    straight = go(store, task, options)
+    with open_store(root, Silent()) as again:
+        with pytest.raises(Interrupted):
+            run(again, plan_of(again, task, options, save_every=2), progress=_Stops(3))
+        resumed = run(again, plan_of(again, task, options, resume=True), progress=Silent())
+    assert resumed.id == straight.id
+    manifest = read_manifest(store, straight.id)
+    assert manifest.recipe is not None
+    assert method.items() <= manifest.recipe.params.items()
+
+
+def test_recomputed_activations_change_nothing(store: Store) -> None:
+    plain, saved = (
+        load_state_dict(store, read_manifest(store, go(store, "classify", options, name=name).id))
+        for name, options in (("a", options_for("classify")), ("b", options_for("classify", checkpointing=True)))
+    )
+    assert all(torch.equal(plain[name], saved[name]) for name in plain)
