@@ -24,16 +24,21 @@ class Readers:
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self.process = 0
+        self._process = 0
 
-    def submit(self, function: Callable[[int, int], None], block: int, place: int) -> Future[None]:
-        if self._pool is None or self.process != os.getpid():
-            self._pool, self.process = ThreadPoolExecutor(_THREADS, "rows"), os.getpid()
-        return self._pool.submit(function, block, place)
+    def submit(self, function: Callable[..., None], *numbers: int) -> Future[None]:
+        if self._pool is None or not self.are_ours:
+            self._pool, self._process = ThreadPoolExecutor(_THREADS, "rows"), os.getpid()
+        return self._pool.submit(function, *numbers)
+
+    @property
+    def are_ours(self) -> bool:
+        """Whether they were begun by this process, not by the one that it was forked from."""
+        return self._process == os.getpid()
 
     def close(self) -> None:
         """Drop what has not begun."""
-        if self._pool is not None and self.process == os.getpid():
+        if self._pool is not None and self.are_ours:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._pool = None
 
@@ -107,7 +112,7 @@ class Blocks:
 
     def _begin(self, blocks: Sequence[int], since: int) -> list[Future[None]]:
         """Read blocks in places of what has not been used since `since`; what is already on its way is waited for."""
-        if self._loading and self._readers.process != os.getpid():
+        if self._loading and not self._readers.are_ours:
             self._forget_loading()
         waiting = []
         for block in blocks:

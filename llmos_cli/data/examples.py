@@ -1,20 +1,26 @@
 """The examples of a ragged dataset (classify, pair, seq2seq) as padded numpy batches. No torch.
 
-Whole shards are held as stored, least recently used out first. Every read is verified by the store.
+Whole shards are held as stored, least recently used out first, and read ahead by threads where a caller says what comes
+next. Every read is verified by the store.
 """
 
-import threading
 from collections import OrderedDict
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from llmos_cli.data.batches import CACHE_BYTES
+from llmos_cli.data.blocks import Readers
 from llmos_cli.data.layout import ShardFile, Split, name_of, open_shard, shard_entries
 from llmos_cli.data.mixing import folders_of
 from llmos_cli.errors import Damaged, UsageError
 from llmos_cli.formats.manifest import Manifest
+from llmos_cli.store.disk.forks import ForkLock
 from llmos_cli.store.local import Store
+
+_AHEAD: Final = 2  # shards that are read before they are needed
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,9 @@ class Examples:
         self._ends = np.cumsum([shard.tensors["offsets"].shape[0] - 1 for shard in self._shards])
         self.count = int(self._ends[-1])
         self._held: OrderedDict[int, _Held] = OrderedDict()
-        self._lock = threading.Lock()
+        self._loading: dict[int, Future[None]] = {}
+        self._readers = Readers()
+        self._lock = ForkLock()
 
     def batch(self, indices: np.ndarray, *, longest: int | None = None) -> ExampleBatch:
         """The examples at `indices`. Of one of more than `longest` tokens the first and the very last are kept, since
@@ -95,15 +103,47 @@ class Examples:
             learned,
         )
 
+    def expect(self, indices: np.ndarray) -> None:
+        """Begin to read the first shards that these examples need and that are not held."""
+        with self._lock:
+            if not self._readers.are_ours:
+                self._loading.clear()
+            for number in dict.fromkeys(np.searchsorted(self._ends, indices, side="right").tolist()):
+                if len(self._loading) == _AHEAD:
+                    break
+                if number not in self._held and number not in self._loading:
+                    self._loading[number] = self._readers.submit(self._load, number)
+
+    def close(self) -> None:
+        """Stop reading ahead, before the store is closed."""
+        self._readers.close()
+
     def _shard(self, number: int) -> _Held:
+        with self._lock:
+            coming = self._loading.get(number) if self._readers.are_ours else None
+        if coming is not None:
+            wait([coming])  # if it failed, this one will say why
         with self._lock:
             held = self._held.get(number)
             if held is None:
-                self._held[number] = held = _read(self._shards[number])
-                while len(self._held) > 1 and sum(one.size for one in self._held.values()) > self._cache_bytes:
-                    self._held.popitem(last=False)
+                held = self._keep(number, _read(self._shards[number]))
             self._held.move_to_end(number)
             return held
+
+    def _load(self, number: int) -> None:
+        try:
+            held = _read(self._shards[number])
+            with self._lock:
+                self._keep(number, held)
+        finally:
+            with self._lock:
+                self._loading.pop(number, None)
+
+    def _keep(self, number: int, held: _Held) -> _Held:
+        self._held[number] = held
+        while len(self._held) > 1 and sum(one.size for one in self._held.values()) > self._cache_bytes:
+            self._held.popitem(last=False)
+        return held
 
 
 def _read(shard: ShardFile) -> _Held:

@@ -78,11 +78,15 @@ def open_task(
 @contextmanager
 def reading_ahead(task: Task, order: Order) -> Iterator[None]:
     """Read the rows of a task before they are asked for, in this order."""
-    if not isinstance(task, LanguageTask | MaskedTask):
+    if isinstance(task, LanguageTask | MaskedTask):
+        source: TokenRows | Examples = task.rows
+    elif isinstance(task, LabelledTask | TranslatedTask):
+        source = task.examples
+    else:
         yield
         return
-    order.tell(task.rows.expect)
-    with closing(task.rows):
+    order.tell(source.expect)
+    with closing(source):
         yield
 
 

@@ -4,7 +4,7 @@ import pytest
 from llmos_cli.data.encode import Encoded
 from llmos_cli.data.examples import Examples
 from llmos_cli.data.shards import Shape, write_shards
-from llmos_cli.errors import UsageError
+from llmos_cli.errors import Damaged, UsageError
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.progress import Silent
 from llmos_cli.store.local import Store
@@ -55,3 +55,26 @@ def test_rows_are_no_examples(store: Store) -> None:
 def test_an_example_that_is_not_there_is_an_error(store: Store) -> None:
     with pytest.raises(IndexError, match="outside the 4"):
         Examples(store, dataset(store), pad_id=0).batch(np.array([4]))
+
+
+def test_what_is_expected_is_there_and_the_same(store: Store) -> None:
+    manifest = dataset(store)
+    wanted = Examples(store, manifest, pad_id=0).batch(np.arange(4)).input_ids.tolist()
+    examples = Examples(store, manifest, pad_id=0, cache_bytes=1)
+    for _ in range(20):
+        examples.expect(np.array([3, 0, 2, 1]))
+        assert examples.batch(np.arange(4)).input_ids.tolist() == wanted
+    examples.close()
+
+
+def test_a_shard_that_cannot_be_read_is_an_error_of_who_needs_it(store: Store) -> None:
+    manifest = dataset(store, shard_size=1 << 20)
+    examples = Examples(store, manifest, pad_id=0)
+    (pack,) = store.packs.rglob("*.pack")
+    whole = pack.read_bytes()
+    pack.chmod(0o644)
+    pack.write_bytes(bytes(len(whole)))
+    examples.expect(np.arange(4))
+    with pytest.raises(Damaged):
+        examples.batch(np.arange(4))
+    examples.close()
