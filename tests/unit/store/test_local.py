@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llmos_cli.config import Config, GcConfig
+from llmos_cli.config import Config, DataConfig, GcConfig
 from llmos_cli.errors import AccessDenied, Damaged, LlmosError, NotFound, UnknownVersion, UsageError
 from llmos_cli.progress import Silent
 from llmos_cli.store.disk import durable
@@ -70,7 +70,10 @@ def test_a_format_that_is_unknown_or_damaged(
     assert not (store.root / "index.db").exists()
 
 
-@pytest.mark.parametrize("content", [b"[gc", b"[gc]\ngrace = 1\n", b"\xff\xfe", b"[gc]\ngrace_hours = -1\n", b"x = 1"])
+@pytest.mark.parametrize(
+    "content",
+    [b"[gc", b"[gc]\ngrace = 1\n", b"\xff\xfe", b"[gc]\ngrace_hours = -1\n", b"x = 1", b"[data]\ncache_gb = true"],
+)
 def test_a_broken_config_is_a_usage_error_that_names_it(store: Any, content: bytes) -> None:
     store.close()
     (store.root / "config.toml").write_bytes(content)
@@ -82,7 +85,7 @@ def test_a_broken_config_is_a_usage_error_that_names_it(store: Any, content: byt
 
 
 def test_settings_are_kept(store: Any) -> None:
-    wanted = Config(GcConfig(1.5, 3.0), {"origin": '/a "quoted" \\ place'})
+    wanted = Config(GcConfig(1.5, 3.0), {"origin": '/a "quoted" \\ place'}, data=DataConfig(2.5))
     save_config(store, wanted)
     assert store.config == wanted
     with open_store(store.root) as again:
