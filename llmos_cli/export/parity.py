@@ -70,7 +70,12 @@ def compare(store: Store, manifest: Manifest, file: Path, *, parameters: int, pr
     if theirs is None:
         return Parity(reason=f"transformers does not read it: {problem}")
     with torch.inference_mode(), quiet():
-        a, b = (model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) for model in (ours, theirs))
+        return agreement(*(model(input_ids=ids, use_cache=False).logits for model in (ours, theirs)))
+
+
+def agreement(ours: torch.Tensor, theirs: torch.Tensor) -> Parity:
+    """Compare logits."""
+    a, b = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
     kl = float((a.exp() * (a - b)).sum(-1).mean())
     same = float((a.argmax(-1) == b.argmax(-1)).float().mean())
     return Parity(round(same, 4), float(f"{kl:.3g}") if math.isfinite(kl) else None)

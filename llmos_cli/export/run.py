@@ -6,7 +6,7 @@ Imports no torch until there is something to compute.
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Final
 
 from llmos_cli import __version__
@@ -25,8 +25,10 @@ from llmos_cli.store.packs.objects import read_file, read_manifest
 from llmos_cli.store.refs.recipes import find_made
 from llmos_cli.store.transaction import Transaction, begin
 
-FORMATS: Final = ("hf", "gguf")
+GRAPHS: Final = ("onnx", "openvino", "pt2")  # graphs.py
+FORMATS: Final = ("hf", "gguf", "keras", *GRAPHS)
 LIBRARIES: Final = ("gguf", "transformers")
+TEXTS: Final = (".json", ".jinja", ".txt", ".model", ".md")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ def export(
     if kind:
         params["type"] = kind
     libraries = {name: version(name) for name in LIBRARIES if fmt == "gguf" and _installed(name)}
+    if fmt in GRAPHS:
+        from llmos_cli.export.graphs import tools
+
+        libraries = tools(fmt)
     inputs = {"model": source}
     reports = reports_of(store, source) if fmt == "hf" and manifest.file(CARD_FILE) is None else ()
     inputs |= {f"report {number}": report.id for number, report in enumerate(reports)}
@@ -60,6 +66,10 @@ def export(
             result = read_manifest(store, made)
         elif fmt == "hf":
             result = Manifest("model", _hf_files(tx, source, manifest, label, reports), {"format": "hf"}, recipe)
+        elif fmt == "keras":
+            result = _keras(tx, manifest, recipe, progress)
+        elif fmt in GRAPHS:
+            result = _graph(tx, manifest, fmt, recipe, progress)
         else:
             result = _gguf(tx, manifest, kind, recipe, progress)
         commit = tx.commit(result, message=f"export: {fmt}")
@@ -75,6 +85,39 @@ def _hf_files(
         text = FRONT_MATTER + to_markdown(card(tx.store, source, label, reports))
         files.append(tx.add_bytes(CARD_FILE, text.encode()))
     return tuple(files)
+
+
+def _keras(tx: Transaction, manifest: Manifest, recipe: Recipe, progress: Progress) -> Manifest:
+    """A folder as TensorFlow's BERT of transformers was saved; its weights are read back and compared."""
+    from llmos_cli.export.keras import KERAS_FILE, keras_file
+    from llmos_cli.models.weights import load_state_dict
+
+    config = canonical.loads(_text(tx.store, manifest, "config.json") or b"{}", "config.json")
+    if not isinstance(config, dict) or config.get("model_type") != "bert":
+        raise UsageError("--format keras is for BERT", hint="use --format hf")
+    state = {
+        name: value.float().numpy() for name, value in load_state_dict(tx.store, manifest, progress=progress).items()
+    }
+    files = [entry for entry in manifest.files if "/" not in entry.path and not entry.path.startswith("model")]
+    files.append(tx.add_bytes(KERAS_FILE, keras_file(state)))
+    parameters = sum(value.size for value in state.values())
+    return Manifest("model", tuple(files), {"format": "keras", "parameters": parameters}, recipe)
+
+
+def _graph(tx: Transaction, manifest: Manifest, fmt: str, recipe: Recipe, progress: Progress) -> Manifest:
+    """The graph, and the texts that go with a model."""
+    from llmos_cli.export.graphs import export_graph
+
+    store = tx.store
+    texts = [entry for entry in manifest.files if "/" not in entry.path and entry.path.endswith(TEXTS)]
+    try:
+        with TemporaryDirectory(dir=store.tmp, prefix=TEMP_PREFIX) as name:
+            parity = export_graph(store, manifest, fmt, Path(name), progress=progress)
+            files = [tx.add_path(path.name, path) for path in sorted(Path(name).iterdir())]
+    except OSError as exc:
+        raise from_os_error(exc, f"writing in {store.tmp}") from exc
+    meta: dict[str, Json] = {"format": fmt, "parity": parity.facts(), "loads_in": dict(recipe.tools)}
+    return Manifest("model", (*texts, *files), meta, recipe)
 
 
 def _gguf(tx: Transaction, manifest: Manifest, kind: str | None, recipe: Recipe, progress: Progress) -> Manifest:

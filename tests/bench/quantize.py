@@ -13,11 +13,12 @@ DIR keeps the trained model and the big ones for the next time. Peers that are n
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,9 +33,9 @@ import numpy as np
 
 from llmos_cli.formats.safetensors import encode_header
 from tests.bench import ggml
-from tests.bench.measure import Cost, goal, make_models, print_machine, report_costs, spend
+from tests.bench.measure import Cost, goal, in_child, make_models, print_machine, report_costs, spend
 
-VOCABULARY, CONTEXT = 2048, 128
+VOCABULARY, CONTEXT, ROWS = 2048, 128, "64"
 FORMS: Final = {
     "int8": ("--scheme", "int8"),
     **{f"w8a8 {method}": ("--scheme", "w8a8", "--method", method) for method in ("rtn", "smooth")},
@@ -56,10 +57,15 @@ class Scored:
 
 
 def llmos(store: Path, *arguments: str) -> dict[str, Any]:
-    """What a command says as JSON."""
-    command = [sys.executable, "-m", "llmos_cli", "--store", str(store), *arguments, "--json"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    """What a command says as JSON, in this process: torch is not loaded anew for each."""
+    from llmos_cli.app import main as run
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(sys.stderr):
+        code = run(["--store", str(store), *arguments, "--json"])
+    if code:
+        raise SystemExit(f"failed with {code}: {' '.join(arguments)}")
+    answer: dict[str, Any] = json.loads(said.getvalue().splitlines()[-1])
     return answer
 
 
@@ -78,7 +84,7 @@ def trained(folder: Path, text: Sequence[str], steps: int) -> Path:
 
 
 def score(store: Path, model: str) -> float:
-    return float(llmos(store, "eval", model, "--data", "text", "--split", "valid", "--max-rows", "256")["perplexity"])
+    return float(llmos(store, "eval", model, "--data", "text", "--split", "valid", "--max-rows", ROWS)["perplexity"])
 
 
 def peer(store: Path, lib: Any, kind: str) -> Scored:
@@ -110,8 +116,9 @@ def quality(folder: Path, text: Sequence[str], steps: int) -> None:
     found: dict[str, Scored] = {}
     for name, options in FORMS.items():
         ref = "small:" + name.replace(" ", "-").replace(",", "")
-        made = llmos(store, "quantize", "small", ref, *options, "--data", "text", "--max-rows", "8")
+        made = llmos(store, "quantize", "small", ref, *options, "--data", "text", "--max-rows", "1")
         found[name] = Scored(score(store, ref), made["bits_per_weight"])
+        print(f"{name}: {found[name].perplexity:.4f}", file=sys.stderr, flush=True)
     lib = ggml.library()
     if lib is not None:
         found |= {f"llama.cpp {kind}": peer(store, lib, kind) for kind in PEERS}
@@ -256,7 +263,7 @@ def main() -> None:
     print_machine()
     options.dir.mkdir(parents=True, exist_ok=True)
     if "quality" in wanted:
-        quality(options.dir / "quality", options.text, options.steps)
+        in_child(quality, options.dir / "quality", options.text, options.steps)
     if "time" in wanted:
         times(options.dir, options.rounds)
     if "memory" in wanted:
