@@ -19,7 +19,12 @@ def export(
         Path, typer.Option("--to", metavar="DIR", help="Where to; made if missing.", show_default=False, readable=False)
     ],
     fmt: Annotated[
-        str, typer.Option("--format", metavar="hf|gguf", help="A Hugging Face folder, or one file for llama.cpp.")
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="hf, a folder; gguf, a file for llama.cpp; keras, for BERT; onnx, openvino or pt2, a graph.",
+        ),
     ] = "hf",
     kind: Annotated[
         str | None,
@@ -37,21 +42,25 @@ def export(
     """Write a model as transformers, vLLM or llama.cpp load it.
 
     hf: a folder for transformers and vLLM, quantized models too. gguf: one file for llama.cpp and Ollama, with the
-    tokenizer and the chat template; a model of four or eight bits keeps its values. What is written is compared with
-    the model on a few prompts. The same export again comes out of the store.
+    tokenizer and the chat template; a model of four or eight bits keeps its values. keras: a BERT as tf_model.h5, which
+    train --init reads, too. onnx, openvino and pt2, experimental: a graph from token ids to logits. What is written is
+    compared with the model. The same export again comes out of the store.
 
     Examples:
       llmos export tiny --to ./tiny-hf
       llmos export tiny-int4 --to ./out --format gguf
       llmos export tiny --to ./out --format gguf --type q8_0 --name tiny-gguf
+      llmos export bert --to ./bert-keras --format keras
+      llmos export tiny --to ./graph --format onnx
     """
+    from llmos_cli.export.run import FORMATS
     from llmos_cli.formats.names import parse_ref
     from llmos_cli.store.checkout import execute_checkout, plan_checkout
     from llmos_cli.store.refs.resolve import resolve
 
     here = session(ctx)
     out = here.out
-    for what, word, known in (("format", fmt, ("hf", "gguf")), ("type", kind, _types() if kind else ())):
+    for what, word, known in (("format", fmt, FORMATS), ("type", kind, _types() if kind else ())):
         if word is not None and word not in known:
             near = difflib.get_close_matches(word, known, 1, 0.3)
             raise UsageError(f"unknown {what} {word!r}", hint=f"use --{what} {(near or known)[0]}")
