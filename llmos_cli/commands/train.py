@@ -345,6 +345,8 @@ def _say_start(out: "Output", plan: "Plan", event: "Started") -> None:
         f"{count(config.batch)} examples" if event.tokens_per_step is None else f"{count(event.tokens_per_step)} tokens"
     )
     out.say(f"{count(config.steps)} steps of {each}{parts}, a checkpoint every {count(plan.save_every)} steps")
+    if event.trained is not None and event.trained != event.parameters:
+        out.say(f"{count(event.trained)} of them are trained, {100 * event.trained / event.parameters:.1f} %")
     if event.new:
         out.say(f"new weights, drawn by the seed: {', '.join(event.new)}")
     if event.start:

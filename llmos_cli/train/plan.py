@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Final
 
 from llmos_cli import __version__
@@ -186,7 +187,7 @@ def make_plan(
             f"{origin.label} holds step {origin.step:,}: there is nothing left of {config.steps:,} steps",
             hint="give more --steps",
         )
-    recipe = Recipe("train", config.params(), inputs, (), config.seed, _tools())
+    recipe = Recipe("train", config.params(), inputs, (), config.seed, _tools(config))
     made = None if anew else find_made(store, recipe)
     if found is not None and made is None:
         if resume and differs:
@@ -293,8 +294,11 @@ def _refuse_other_kind(store: Store, ref: RefName) -> None:
         raise UsageError(f"{ref} is a {manifest.kind}, not a model", hint="choose another name for the model")
 
 
-def _tools() -> dict[str, str]:
-    return {"llmos": __version__} | {name: version(name) for name in ("accelerate", "torch", "transformers")}
+def _tools(config: TrainConfig) -> dict[str, str]:
+    """Versions of what decides the bytes; of a package that is missing there is none, and its user says so."""
+    more = (("peft", config.lora is not None), ("schedulefree", config.optimizer == "schedule-free"))
+    used = ["accelerate", "torch", "transformers", *(name for name, asked in more if asked and find_spec(name))]
+    return {"llmos": __version__} | {name: version(name) for name in used}
 
 
 def _tool_changes(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:

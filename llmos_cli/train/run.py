@@ -49,6 +49,7 @@ class Started:
     device: str
     start: int
     new: tuple[str, ...] = ()
+    trained: int | None = None  # of the parameters, where the others stay as they are
 
 
 def run(
@@ -132,7 +133,8 @@ def run_rank(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         tokens = None if task_of(plan.data) in RAGGED_TASKS else config.batch * (task.longest - 1)
         device = describe(accelerator.device)
-        started(Started(type(model).__name__, parameters, tokens, device, position.step, built.new))
+        moved = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        started(Started(type(model).__name__, parameters, tokens, device, position.step, built.new, moved))
 
         with (
             stop_flag() as flag,

@@ -30,7 +30,7 @@ from llmos_cli.train.evaluate import evaluate_task
 from llmos_cli.train.merge import merge
 from llmos_cli.train.plan import Plan, make_plan
 from llmos_cli.train.result import Trained
-from llmos_cli.train.run import run
+from llmos_cli.train.run import Started, run
 
 SEQ = 24
 LORA = Options(steps=6, batch=4, lora=2, lr=1e-2)
@@ -93,7 +93,8 @@ def oid(store: Store, name: str) -> ObjectId:
 
 
 def test_only_the_adapter_is_trained_and_stored(store: Store) -> None:
-    done = go(store, "small", "text", LORA, model="base")
+    told: list[Started] = []
+    done = run(store, plan_of(store, "small", "text", LORA, model="base"), progress=Silent(), started=told.append)
     manifest = read_manifest(store, done.id)
     assert manifest.kind == "adapter"
     assert manifest.meta["adapter_of"] == str(oid(store, "base"))
@@ -103,6 +104,9 @@ def test_only_the_adapter_is_trained_and_stored(store: Store) -> None:
     assert manifest.file("base/model.safetensors").chunks == at(store, "base").file("model.safetensors").chunks  # type: ignore[union-attr]
     state = load_state_dict(store, manifest)
     assert manifest.meta["trained"] == sum(tensor.numel() for tensor in state.values()) < 3000
+    assert told[0].trained == manifest.meta["trained"] < told[0].parameters
+    assert manifest.recipe is not None
+    assert {"peft", "torch"} <= set(manifest.recipe.tools)
     checkpoint = at(store, "small:checkpoint")
     optimizer = load_state_dict(store, checkpoint, "training")
     assert {name.split(".")[-3] for name in optimizer if name.startswith("exp_avg.")} == {"lora_A", "lora_B"}
