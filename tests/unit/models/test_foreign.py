@@ -252,3 +252,18 @@ def test_an_index_cut_anywhere_is_damage_and_never_a_crash(tmp_path: Path, weigh
             except (Damaged, UsageError):
                 tried += 1
     assert tried > 100
+
+
+def test_an_index_that_tensorflow_wrote_is_read() -> None:
+    """tests/golden/tensorflow: saved by tf.compat.v1.train.Saver of TensorFlow 2.21.0, with a BERT's names."""
+    path = Path(__file__).parents[2] / "golden" / "tensorflow" / "bert-2.21.0.index"
+    bundle = read_bundle(path.read_bytes(), path.name)
+    shapes = {variable.name: variable.shape for variable in bundle.variables}
+    assert (bundle.shards, len(shapes)) == (1, 47)
+    assert shapes["bert/embeddings/word_embeddings"] == (60, 32)
+    assert shapes["bert/encoder/layer_1/intermediate/dense/kernel"] == (32, 48)
+    assert shapes["global_step"] == ()
+    end = 0
+    for variable in sorted(bundle.variables, key=lambda variable: variable.offset):
+        assert variable.offset == end, "one lies behind the other"
+        end += variable.size
