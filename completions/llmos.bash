@@ -148,8 +148,8 @@ _llmos_spec() {
             places=(refs)
             ;;
         "generate")
-            opts=(--max-tokens --temperature --top-p --top-k --seed --stop --store --json --quiet -q --verbose -v --help -h)
-            valued=(--max-tokens --temperature --top-p --top-k --seed --stop --store)
+            opts=(--max-tokens --temperature --top-p --top-k --seed --stop --in --out --store --json --quiet -q --verbose -v --help -h)
+            valued=(--max-tokens --temperature --top-p --top-k --seed --stop --in --out --store)
             places=(refs "")
             ;;
         "doctor")
@@ -229,7 +229,7 @@ _llmos_value() {
     case "$1 $2" in
         " --store" | "init --store" | "add --store" | "checkout --store" | "ls --store" | "show --store" | "log --store" | "diff --store" | "tag --store" | "rm --store" | "du --store" | "gc --store" | "fsck --store" | "push --store" | "pull --store" | "clone --store" | "backup --store" | "restore --store" | "shard --store" | "train --store" | "tune --store" | "eval --store" | "merge --store" | "quantize --store" | "export --to" | "export --store" | "card --store" | "serve --store" | "generate --store" | "doctor --store" | "completion --store" | "demo --dir" | "demo --store" | "remote add --store" | "remote ls --store" | "remote rm --store" | "remote publish --store" | "remote show --store" | "remote status --store" | "remote repair --store" | "remote scrub --store" | "remote add-node --store" | "remote rm-node --store") kind=dirs ;;
         "add --base" | "pull --as" | "shard --labels-from" | "shard --mix" | "train --data" | "train --model" | "train --optimizer" | "train --schedule" | "train --lora-targets" | "tune --data" | "tune --model" | "tune --valid" | "eval --data" | "eval --against" | "eval --name" | "quantize --data" | "quantize --calibrate-on" | "export --name") kind=refs ;;
-        "checkout --oms" | "tag --sign" | "tag --new-key" | "train --file" | "train --init" | "train --config" | "card --to" | "serve --api-key-file" | "serve --request-log") kind=files ;;
+        "checkout --oms" | "tag --sign" | "tag --new-key" | "train --file" | "train --init" | "train --config" | "card --to" | "serve --api-key-file" | "serve --request-log" | "generate --in" | "generate --out") kind=files ;;
         "gc --remote") kind=remotes ;;
         "fsck --from") kind="remotes dirs" ;;
         "shard --tokenizer") kind="refs dirs" ;;
@@ -240,7 +240,6 @@ _llmos_value() {
         "tune --pruner") kind="words median hyperband none" ;;
         "quantize --scheme") kind="words int8 int4 w8a8 fp8" ;;
         "quantize --group") kind="words 32 64 128" ;;
-        "export --format") kind="words hf gguf keras" ;;
         "serve --kernel") kind="words dynamic packed dense" ;;
     esac
 }

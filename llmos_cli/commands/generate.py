@@ -1,12 +1,17 @@
 """`llmos generate`: continue a text, on the command line."""
 
-from typing import Annotated
+import json
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
-from llmos_cli.errors import UsageError
-from llmos_cli.ui.session import session
-from llmos_cli.ui.text import plural
+from llmos_cli.errors import PartlyDone, UsageError, from_os_error
+from llmos_cli.ui.session import Session, session
+from llmos_cli.ui.text import count, plural
+
+if TYPE_CHECKING:
+    from llmos_cli.formats.canonical import Json
 
 PROMPT_BYTES = 4 << 20
 
@@ -30,18 +35,37 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.", show_default=False)
     ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            "--in", metavar="FILE", help="Answer each line of JSON in FILE.", show_default=False, readable=False
+        ),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Where the answers go; what is there is not asked again."),
+    ] = None,
 ) -> None:
-    """Continue a text and print what comes after it.
+    """Continue a text and print what comes after it, or answer a file of requests.
 
     The prompt is the argument, or standard input with `-` or through a pipe (without its last line end). It is never
     cut: one that does not fit the model's context is an error.
+
+    With --in, each line is a request as /v1/completions or /v1/chat/completions takes it, alone or in the form of
+    OpenAI's batches (custom_id, url, body). A run that was stopped goes on where it was.
 
     Examples:
       llmos generate tiny "def main("
       llmos generate tiny --seed 1 --temperature 0 "import "
       git log -1 --format=%B | llmos generate tiny - --stop . --json
+      llmos generate tiny --in requests.jsonl --out answers.jsonl
     """
     here = session(ctx)
+    if requests is not None or answers is not None:
+        if requests is None or answers is None or prompt is not None:
+            raise UsageError("--in and --out go together, without a prompt")
+        _answer_file(here, ref, requests, answers)
+        return
     text = _read_stdin(named=prompt == "-") if prompt in (None, "-") else _checked(prompt or "", "the prompt")
     if "" in (stop or ()):
         raise UsageError("--stop needs a text that is not empty")
@@ -90,6 +114,69 @@ def generate(
         }
     )
     here.out.detail(f"{plural(len(ids), 'prompt token')}, {plural(piece.tokens, 'token')} made, seed {sampling.seed}")
+
+
+def _answer_file(here: Session, ref: str, requests: Path, answers: Path) -> None:
+    from llmos_cli.serve.servable import check_servable
+    from llmos_cli.store.leases import hold
+    from llmos_cli.store.refs.resolve import resolve
+
+    with here.open_store() as store, _opened(requests, "rb") as lines:
+        found = resolve(store, ref)
+        manifest = check_servable(store, found)
+        with hold(store, "generate", [found.id]), _opened(answers, "a+b") as out:
+            known = _answered(out, answers, found.id.short)
+            from llmos_cli.serve.batch import answer_all
+            from llmos_cli.serve.load import load_engine
+
+            engine = load_engine(store, manifest, here.out.progress).engine
+
+            def write(answer: "dict[str, Json]") -> None:
+                out.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+                out.flush()
+
+            total = sum(1 for line in lines if line.strip())
+            lines.seek(0)
+            with here.out.progress.task("answering", total=total, unit="requests") as task:
+                done = answer_all(engine, found.label, found.id.short, lines, known, write, task.advance)
+    here.out.result(
+        {"id": str(found.id), "ref": found.label, "answered": done.answered, "refused": done.refused,
+         "known": done.known, "completion_tokens": done.tokens}
+    )  # fmt: skip
+    before = f", {count(done.known)} were there" if done.known else ""
+    here.out.line(f"{plural(done.answered, 'answer')} in {answers}, {plural(done.tokens, 'token')}{before}")
+    if done.refused:
+        raise PartlyDone(
+            f"{plural(done.refused, 'request')} could not be answered as asked",
+            hint=f"their lines in {answers} say why (status_code 400)",
+        )
+
+
+def _opened(path: Path, mode: str) -> IO[bytes]:
+    try:
+        return path.open(mode)
+    except OSError as exc:
+        raise from_os_error(exc, f"opening {path}") from exc
+
+
+def _answered(out: IO[bytes], path: Path, model: str) -> frozenset[str]:
+    """The names of requests that were answered before; a line that a crash cut short is taken off."""
+    out.seek(0)
+    known, whole = set(), 0
+    for line in out:
+        if not line.endswith(b"\n"):
+            break
+        try:
+            answer = json.loads(line)
+            name, body = answer["custom_id"], answer["response"]["body"]
+        except (ValueError, KeyError, TypeError) as exc:
+            raise UsageError(f"{path} holds something else than answers", hint="name another file with --out") from exc
+        if body.get("system_fingerprint", model) != model:
+            raise UsageError(f"{path} holds answers of another model", hint="name another file with --out")
+        known.add(name)
+        whole += len(line)
+    out.truncate(whole)
+    return frozenset(known)
 
 
 def _read_stdin(*, named: bool) -> str:

@@ -6,13 +6,14 @@ same tokens: every request has its own generator, so that requests cannot distur
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
 
 from llmos_cli.errors import LlmosError
 
+_STEP: Final = 0x9E3779B97F4A7C15  # between the seeds of one request's texts: far from those of the next seed
 _SHORT: Final = 256  # tokens that are nearly always enough for top-p: sorting a whole vocabulary takes milliseconds
 
 
@@ -38,6 +39,10 @@ class Sampling:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+
+    def of_text(self, index: int) -> "Sampling":
+        """For one of several texts of a request: those after the first draw with seeds of their own."""
+        return self if self.seed is None or not index else replace(self, seed=(self.seed + index * _STEP) % (1 << 63))
 
 
 @dataclass(frozen=True)

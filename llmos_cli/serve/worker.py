@@ -5,7 +5,6 @@ request whose client has gone stops within one step, or never begins. An error b
 """
 
 import asyncio
-import dataclasses
 import queue
 import threading
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -19,7 +18,6 @@ from llmos_cli.serve.scheduler import Request
 from llmos_cli.serve.sequence import Grammar, Piece
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-_SEED_STEP = 0x9E3779B97F4A7C15  # the texts of one request have seeds far from those of the next seed
 
 
 class Worker:
@@ -97,14 +95,11 @@ class Job:
         self._places = self._left = texts
 
     def start(self, prompt: Sequence[int], sampling: Sampling, grammar: Callable[[], Grammar] | None = None) -> None:
-        """Queue the computation of each text; those after the first draw with seeds of their own."""
+        """Queue the computation of each text."""
         for index in range(self._texts):
-            seed = sampling.seed
-            if seed is not None and index:
-                seed = (seed + index * _SEED_STEP) % (1 << 63)
             request = self._worker.engine.request(
                 prompt,
-                dataclasses.replace(sampling, seed=seed),
+                sampling.of_text(index),
                 self._post,
                 cancelled=self.cancelled,
                 failed=self._post,

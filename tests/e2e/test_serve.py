@@ -277,3 +277,37 @@ def test_generate_refuses_what_it_cannot_do(llmos, arguments: list[str], said: s
     code, out, err = llmos("generate", "tiny", *arguments)
     assert (code, out) == (2, "")
     assert said in err
+
+
+def test_a_file_of_requests_is_answered_once_however_often_it_is_stopped(llmos, tmp_path: Path) -> None:
+    requests, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"custom_id": f"q{number}", "prompt": f"the {number}", "seed": number} for number in range(6)]
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, _ = llmos("--json", "generate", "tiny", "--in", str(requests), "--out", str(answers))
+    assert (code, json.loads(out)["answered"]) == (0, 6)
+    whole = sorted(answers.read_text().splitlines())
+    # as a crash would leave it: some lines, and the beginning of one
+    answers.write_text("\n".join(whole[:2]) + "\n" + whole[2][:50])
+    code, out, _ = llmos("--json", "generate", "tiny", "--in", str(requests), "--out", str(answers))
+    result = json.loads(out)
+    assert (code, result["answered"], result["known"]) == (0, 4, 2)
+
+    def texts(found: list[str]) -> dict[str, str]:
+        table = [json.loads(line) for line in found]
+        return {one["custom_id"]: one["response"]["body"]["choices"][0]["text"] for one in table}
+
+    assert texts(answers.read_text().splitlines()) == texts(whole)
+
+
+def test_requests_that_are_no_good_exit_3_and_a_foreign_file_is_left_alone(llmos, tmp_path: Path) -> None:
+    requests, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_text('{"prompt": "the"}\n{"prompt": "the", "best_of": 9}\n')
+    code, _, err = llmos("generate", "tiny", "--in", str(requests), "--out", str(answers))
+    assert code == 3
+    assert "1 request could not be answered" in err
+    answers.write_text("something else\n")
+    code, _, err = llmos("generate", "tiny", "--in", str(requests), "--out", str(answers))
+    assert code == 2
+    assert answers.read_text() == "something else\n"
+    assert llmos("generate", "tiny", "--in", str(requests))[0] == 2
+    assert llmos("generate", "tiny", "--in", str(tmp_path / "none"), "--out", str(answers))[0] != 0
