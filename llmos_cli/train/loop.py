@@ -93,8 +93,10 @@ def run_steps(
     work: Callable[[int], Work],
     done: Callable[[StepDone], None],
     stop: Callable[[], bool] = lambda: False,
+    settle: Callable[[], None] = lambda: None,
 ) -> int:
     """Take steps `start`..`config.steps`; returns how many are done, fewer than all only when `stop` said so.
+    `settle` is called before the weights change.
 
     Raises Diverged before the optimizer would apply a loss or a gradient that is not finite.
     """
@@ -128,6 +130,7 @@ def run_steps(
         for what, value in (("loss", loss), ("gradient norm", grad_norm)):
             if not math.isfinite(value):
                 raise Diverged(f"the {what} became {value} at step {step + 1}; the step was not applied")
+        settle()
         optimizer.step()
         done(StepDone(step + 1, loss, grad_norm, lr, asked.tokens, time.perf_counter() - began, waited))
     return config.steps

@@ -5,7 +5,7 @@ goodput counts what the kills have cost. Definitions:
 
 - seconds: of the step, from asking for its data to its end, evaluation and the wait for a checkpoint's copy left out.
 - data_wait: the share of them spent waiting for data.
-- checkpoint_stall_ms: how long training stood still for a checkpoint of this step.
+- checkpoint_stall_ms: how long training stood still for a checkpoint, of this step or the one before.
 - checkpoint_new_bytes, checkpoint_reused_bytes: what a checkpoint that was written meanwhile added to the store, and
   the plain bytes that were there already.
 - memory_bytes: the most that this process, or the card, has taken.

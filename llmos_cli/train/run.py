@@ -36,8 +36,6 @@ from llmos_cli.train.scoring import score
 from llmos_cli.train.signals import stop_flag
 from llmos_cli.train.tasks.opened import head_for, open_task, reading_ahead, task_of
 
-_SMOOTHING = 0.9  # of the rate shown while training
-
 
 @dataclass(frozen=True)
 class Started:
@@ -158,8 +156,9 @@ def run_rank(
                     return
                 saver.note(event, scored)
                 saver.poll()
-                stalled = saver.save(position) if plan.is_saved(event.step) and event.step < config.steps else 0.0
-                reporter.report(event, stalled=stalled, scored=scored)
+                if plan.is_saved(event.step) and event.step < config.steps:
+                    saver.save(position)
+                reporter.report(event, stalled=saver.stalled(), scored=scored)
 
             try:
                 reached = run_steps(
@@ -171,6 +170,7 @@ def run_rank(
                     work=lambda step: task.work(step * config.batch, order.batch(step, config.batch)),
                     done=done,
                     stop=lambda: any_of(bool(flag), accelerator.device),
+                    settle=saver.settle if saver else lambda: None,
                 )
             except Diverged as exc:
                 if saver is None:

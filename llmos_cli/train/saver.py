@@ -1,7 +1,7 @@
 """Commits checkpoints: each one transaction, the previous one untouched until the new one is in the store.
 
-A step waits only for a copy of the state in memory; a thread writes it while training goes on. One checkpoint is in
-flight at most. The copy is what a step changes, so the writer never sees half of a step.
+A thread copies the state and writes it while the next step computes; only the update at the end of that step waits for
+the copy (`staging.py`). One checkpoint is in flight at most.
 """
 
 import shutil
@@ -33,6 +33,7 @@ from llmos_cli.train.loop import StepDone
 from llmos_cli.train.origin import checkpoint_recipe
 from llmos_cli.train.plan import Plan, tokenizer_source
 from llmos_cli.train.retention import keep_by_role
+from llmos_cli.train.staging import Staging
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class _Written:
     commit: Commit
     manifest: Manifest
     seconds: float
-    stalled: float
 
 
 class Saver:
@@ -79,7 +79,8 @@ class Saver:
         self._grew = 0
         self._losses: list[float] = []  # of the steps since the last checkpoint
         self._scored: dict[str, float] = {}  # of the last step
-        self._staged: dict[str, dict[str, torch.Tensor]] = {}
+        self._staging = Staging(model, optimizer)
+        self._stalled = self._untold = 0.0
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: Future[_Written] | None = None
         self._asked = plan.start if plan.own else None
@@ -95,25 +96,41 @@ class Saver:
             return "no checkpoint was made yet"
         return f"{self._plan.checkpoint_ref} holds step {self.last_step:,}"
 
-    def save(self, position: Position) -> float:
+    def save(self, position: Position) -> None:
         """Have the state after `position.step` committed unless it was asked for last; waits for the one before.
 
-        Returns for how many seconds training stood still.
+        Nothing may change it before `settle` returns.
         """
         if self._asked == position.step:
-            return 0.0
+            return
         began = time.perf_counter()
         self.finish()
         self._check_space(position)
+        shown = type(self._average) is not Average  # then they are in the model for a moment only
         with self._average.shown():
-            weights = self._stage(self._form.file, self._form.weights(self._model))
-        state = self._stage(TENSORS, capture(self._model, self._optimizer, self._average))
+            weights = self._staging.take(self._form.file, self._form.weights(self._model), at_once=shown)
+        state = self._staging.take(TENSORS, capture(self._model, self._optimizer, self._average))
         self._asked = position.step
         metric = self._metric()
         self._losses, self._scored = [], {}
-        stalled = time.perf_counter() - began
-        self._in_flight = self._writer.submit(self._write, position, weights, state, stalled, metric)
-        return stalled
+        copied = self._writer.submit(self._staging.copy)
+        self._in_flight = self._writer.submit(self._write, position, weights, state, metric, copied)
+        self._stalled = time.perf_counter() - began
+        self._untold += self._stalled
+
+    def settle(self) -> None:
+        """Wait until the state may change: what is being saved has been copied."""
+        if not self._staging.is_done:
+            began = time.perf_counter()
+            self._staging.wait()
+            waited = time.perf_counter() - began
+            self._stalled += waited
+            self._untold += waited
+
+    def stalled(self) -> float:
+        """For how many seconds training stood still since this was asked last."""
+        untold, self._untold = self._untold, 0.0
+        return untold
 
     def note(self, event: StepDone, scored: Mapping[str, float]) -> None:
         """Take note of what a step lost, and of how it was scored: a checkpoint is judged by the mean loss since the
@@ -141,8 +158,9 @@ class Saver:
         written = self._in_flight.result()
         self._in_flight = None
         self._grew = written.commit.stored
+        stalled, self._stalled = self._stalled, 0.0
         self.last, self.last_step = (written.commit.id, written.manifest), written.position.step
-        self._saved(Saved(self.last_step, written.commit, written.seconds, written.stalled))
+        self._saved(Saved(self.last_step, written.commit, written.seconds, stalled))
 
     def __enter__(self) -> Self:
         return self
@@ -151,22 +169,17 @@ class Saver:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._writer.shutdown(wait=True)  # it uses the store, which is closed next
-        self._staged.clear()
-
-    def _stage(self, name: str, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A copy in the memory of the one before, which has been written by now."""
-        held = self._staged.get(name, {})
-        self._staged[name] = {key: _copied(held.get(key), value.detach()) for key, value in live.items()}
-        return self._staged[name]
+        self._staging.clear()
 
     def _write(
         self,
         position: Position,
-        weights: dict[str, torch.Tensor],
-        state: dict[str, torch.Tensor],
-        stalled: float,
+        weights: Mapping[str, torch.Tensor],
+        state: Mapping[str, torch.Tensor],
         metric: float | None,
+        copied: "Future[None]",
     ) -> _Written:
+        copied.result()
         began = time.perf_counter()
         plan = self._plan
         try:
@@ -192,7 +205,7 @@ class Saver:
             raise self._failed(position, from_os_error(exc, "writing it")) from exc
         except LlmosError as exc:
             raise self._failed(position, exc) from exc
-        return _Written(position, commit, manifest, time.perf_counter() - began, stalled)
+        return _Written(position, commit, manifest, time.perf_counter() - began)
 
     def _first_base(self) -> Base | None:
         """What the first checkpoint of a run resembles: what it began with."""
@@ -226,9 +239,3 @@ class Saver:
         again = f"llmos train {self._plan.label} --resume"
         hint = f"free some space (llmos gc), then: {again}" if isinstance(exc, NoSpace) else f"go on with: {again}"
         return type(exc)(f"step {position.step:,} could not be saved: {exc.message}; {self.where}", hint=hint)
-
-
-def _copied(held: torch.Tensor | None, live: torch.Tensor) -> torch.Tensor:
-    if held is None or held.shape != live.shape or held.dtype != live.dtype:
-        held = torch.empty(live.shape, dtype=live.dtype)
-    return held.copy_(live)
