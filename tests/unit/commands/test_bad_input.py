@@ -32,6 +32,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "generate": ("nots", "text"),
     "log": ("nots",),
     "ls": (),
+    "merge": ("nots", "whole"),
     "pull": ("there", "nots"),
     "push": ("there", "nots"),
     "quantize": ("nots", "small"),
