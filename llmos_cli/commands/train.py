@@ -202,6 +202,8 @@ def train(
       llmos train tiny --data web --depth 4 --verify-resume
       llmos train tiny --file train.toml --seed 7
       llmos train tuned --data notes --model tiny --steps 100 --lr 1e-4 --precision bf16
+      llmos train moods --data reviews --model body --eval-every 100 --ema 0.99
+      llmos train small --data notes --model tiny --lora 8 --lr 1e-3
     """
     from llmos_cli.train.config import Options, Retention, parse_allowed, parse_model_config, parse_spans
     from llmos_cli.train.launch import Launch, check_launch, ignored_config, launch_run
