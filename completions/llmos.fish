@@ -119,6 +119,7 @@ complete -c llmos -n __llmos_at -a export -d 'Write a model as transformers, vLL
 complete -c llmos -n __llmos_at -a card -d 'Describe a model: what it is, where from, how good.'
 complete -c llmos -n __llmos_at -a serve -d 'Answer OpenAI-style requests with a model, without checking it out.'
 complete -c llmos -n __llmos_at -a generate -d 'Continue a text and print what comes after it, or answer a file of requests.'
+complete -c llmos -n __llmos_at -a monitor -d 'Watch a server or a training run until Ctrl-C.'
 complete -c llmos -n __llmos_at -a doctor -d 'Check Python, libraries, devices, memory, disk and file system.'
 complete -c llmos -n __llmos_at -a completion -d 'Print a completion script: commands, options, values, refs.'
 complete -c llmos -n __llmos_at -a demo -d 'Try everything: text to a served, quantized model in about two minutes.'
@@ -495,6 +496,16 @@ complete -c llmos -n '__llmos_at generate' -l json -d 'One JSON object on stdout
 complete -c llmos -n '__llmos_at generate' -l quiet -s q -d 'No messages, no progress.'
 complete -c llmos -n '__llmos_at generate' -l verbose -s v -d 'More about what happens.'
 complete -c llmos -n '__llmos_at generate' -l help -s h -d 'Show help and exit.'
+
+# llmos monitor
+complete -c llmos -n '__llmos_at monitor' -f -a '(__fish_complete_directories) (__llmos_refs)'
+complete -c llmos -n '__llmos_at monitor' -l once -d 'Look once and end.'
+complete -c llmos -n '__llmos_at monitor' -l api-key-file -r -F -d 'The server\'s API key.'
+complete -c llmos -n '__llmos_at monitor' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'
+complete -c llmos -n '__llmos_at monitor' -l json -d 'One JSON object on stdout.'
+complete -c llmos -n '__llmos_at monitor' -l quiet -s q -d 'No messages, no progress.'
+complete -c llmos -n '__llmos_at monitor' -l verbose -s v -d 'More about what happens.'
+complete -c llmos -n '__llmos_at monitor' -l help -s h -d 'Show help and exit.'
 
 # llmos doctor
 complete -c llmos -n '__llmos_at doctor' -l store -r -f -a '(__fish_complete_directories)' -d 'The store to work on.'

@@ -64,7 +64,8 @@ GROUPS: Final = {
     },
     "run": {
         "serve": "Answer OpenAI-style requests with a model, without checking it out.",
-        "generate": "Continue a text and print what comes after it.",
+        "generate": "Continue a text and print what comes after it, or answer a file of requests.",
+        "monitor": "Watch a server or a training run until Ctrl-C.",
     },
     "system": {
         "doctor": "Check Python, libraries, devices, memory, disk and file system.",

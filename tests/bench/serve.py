@@ -3,8 +3,8 @@
 python -m tests.bench.serve [--dir DIR] [--only NAME,...] [--rounds 2] [--clients 1,16]
 
 The model has the shape of SmolLM-135M and random weights: speed only. A prompt is 64 tokens, an answer 64 more,
-greedy, not streamed, over HTTP on the loopback; clients share the cores with the server. Servers answer in turns, each a process
-of its own. llama.cpp is the wheel xllamacpp: its own HTTP server, with as many slots as there are clients.
+greedy, not streamed, over HTTP on the loopback; clients share the cores with the server. Servers answer in turns, each a
+process of its own. llama.cpp is the wheel xllamacpp: its own HTTP server, with as many slots as there are clients.
 """
 
 import argparse

@@ -311,3 +311,22 @@ def test_requests_that_are_no_good_exit_3_and_a_foreign_file_is_left_alone(llmos
     assert answers.read_text() == "something else\n"
     assert llmos("generate", "tiny", "--in", str(requests))[0] == 2
     assert llmos("generate", "tiny", "--in", str(tmp_path / "none"), "--out", str(answers))[0] != 0
+
+
+def test_monitor_watches_a_server(llmos, server: Running, client: openai.OpenAI) -> None:
+    client.completions.create(model="tiny", prompt="the", max_tokens=5)
+    code, out, _ = llmos("monitor", server.url, "--once")
+    assert code == 0
+    assert "0 being made, 0 waiting" in out
+    code, out, _ = llmos("--json", "monitor", server.url, "--once")
+    facts = json.loads(out)
+    assert (code, facts["running"]) == (0, 0)
+    assert facts["ended"]["length"] >= 1
+    assert facts["first_token"]["p50"] > 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        code, _, err = llmos("monitor", f"http://127.0.0.1:{free.getsockname()[1]}", "--once")
+    assert code == 16
+    assert "no server of llmos answers" in err
+    assert llmos("monitor", "nothing", "--once")[0] == 10
+    assert llmos("monitor", "ftp://x", "--once")[0] == 2
