@@ -34,9 +34,14 @@ def task_of(data: Manifest) -> str:
 
 
 def head_for(task: str, config: PretrainedConfig) -> Head:
-    """What a model must end in to be trained for a task."""
+    """What a model must end in to be trained for a task; raises UsageError for a family that the task is not for."""
     if task == "seq2seq":
         return "seq2seq" if config.is_encoder_decoder else "causal"
+    if config.is_encoder_decoder:
+        raise UsageError(
+            f"a {config.model_type} model is an encoder-decoder, and the dataset is for the task {task}",
+            hint="it trains on what llmos shard --task seq2seq makes",
+        )
     return _HEADS.get(task, "causal")
 
 

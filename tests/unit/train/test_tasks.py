@@ -299,6 +299,9 @@ def test_seq2seq_on_a_decoder_learns_the_target_alone(store: Store) -> None:
 def test_what_cannot_be_is_refused(store: Store) -> None:
     with pytest.raises(UsageError, match="encoder-decoder"):
         plan_of(store, "mlm", Options(config=T5 | {"is_encoder_decoder": True}))
+    for task in ("classify", "mlm"):  # told by the family alone
+        with pytest.raises(UsageError, match="a t5 model is an encoder-decoder"):
+            build(store, plan_of(store, task, Options(config=T5)), Silent())
     llama = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(LlmosError, match="llama model does not fill in masked tokens"):
         build(store, plan_of(store, "mlm", Options(config=llama)), Silent())
