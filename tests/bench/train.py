@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmos_cli.data.batches import TokenRows
@@ -37,13 +38,13 @@ from llmos_cli.store.local import Store, init_store, open_store
 from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.refs import ref_history
 from llmos_cli.train.config import Options
-from llmos_cli.train.plan import make_plan
+from llmos_cli.train.plan import Plan, make_plan
 from llmos_cli.train.run import run
 from llmos_cli.train.saver import Saved
 from tests.bench.measure import print_machine
 
 SEQ, VOCAB, EVERY = 64, 512, 20
-ROUNDS, STEPS, WARM = 3, 90, 9
+ROUNDS, STEPS, WARM = 5, 90, 9
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def main(asked: list[str]) -> None:
     print_machine()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, rows of {SEQ} tokens")
     logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, made_store(Path(folder)) as store:
         for name in asked or PARTS:
             PARTS[name](store, Path(folder))
@@ -80,17 +82,19 @@ def made_store(folder: Path) -> Iterator[Store]:
 
 
 class Clock(Silent):
-    """When each step was done."""
+    """When each step was done, and what processor time the process had used by then."""
 
     def __init__(self) -> None:
         super().__init__()
         self.times: list[float] = []
+        self.used: list[float] = []
 
     def task(self, label: str, *, total: int | None = None, unit: str = "B") -> AbstractContextManager[Any]:
         return nullcontext(self) if label == "training" else super().task(label, total=total, unit=unit)
 
     def advance(self, amount: int = 1) -> None:
         self.times.append(time.perf_counter())
+        self.used.append(time.process_time())
 
     def note(self, text: str) -> None:
         pass
@@ -98,6 +102,11 @@ class Clock(Silent):
     @property
     def rate(self) -> float:
         return (len(self.times) - WARM) / (self.times[-1] - self.times[WARM - 1])
+
+    @property
+    def work(self) -> float:
+        """Processor seconds a step, of all threads."""
+        return (self.used[-1] - self.used[WARM - 1]) / (len(self.used) - WARM)
 
 
 def ours(
@@ -198,13 +207,17 @@ def rate(store: Store, folder: Path) -> None:
         f"Trainer, saving every {EVERY}": lambda: trainer(store, SMALL, folder, every=EVERY),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
+    works: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
-            rates[name].append(way().rate)
+            clock = way()
+            rates[name].append(clock.rate)
+            works[name].append(clock.work)
     print(f"\nrate: depth {SMALL.depth}, {SMALL.batch} rows a step, {ROUNDS} rounds of {STEPS} steps")
     for name, found in rates.items():
         ratio = statistics.median(one / other for one, other in zip(found, rates["bare torch"], strict=True))
-        print(f"  {name:26} {statistics.median(found):7.1f} steps/s  {ratio:.3f}")
+        work = statistics.median(one / other for one, other in zip(works[name], works["bare torch"], strict=True))
+        print(f"  {name:26} {statistics.median(found):7.1f} steps/s  {ratio:.3f}   processor time {work:.3f}")
 
 
 def stall(store: Store, folder: Path) -> None:
@@ -277,20 +290,23 @@ def blocking(folder: Path, state: Any, tensors: dict[str, torch.Tensor]) -> dict
 
 
 def kept_bytes(store: Store, folder: Path) -> None:
-    options = Options(steps=200, batch=SMALL.batch, depth=4, warmup=10)
-    plan = make_plan(store, "ten", data="text", model=None, options=options, save_every=20, anew=True)
+    begun = Options(steps=200, batch=SMALL.batch, depth=4, warmup=10)
+    measure_bytes(store, "from nothing at 1e-3", make_plan(store, "ten", data="text", model=None, options=begun))
+    tuned = Options(steps=200, batch=SMALL.batch)
+    measure_bytes(store, "from that at 5e-5", make_plan(store, "tuned", data="text", model="ten", options=tuned))
+
+
+def measure_bytes(store: Store, what: str, plan: Plan) -> None:
     before = disk_bytes(store)
     run(store, plan, progress=Silent())
     grew = disk_bytes(store) - before
-    manifests = [read_manifest(store, move.id) for move in ref_history(store, parse_ref("ten:checkpoint"))]
+    manifests = [read_manifest(store, move.id) for move in ref_history(store, plan.checkpoint_ref)]
     plain = sum(manifest.size for manifest in manifests)
     weights = {
         chunk.id: chunk.size for m in manifests for e in m.files if e.path == "model.safetensors" for chunk in e.chunks
     }
     stored = sum(min(copy.entry.stored_size for copy in store.index.locate(oid)) for oid in weights)
-    print(
-        f"\nbytes: {len(manifests)} checkpoints of a run, 20 steps apart; {plain / 1e6:.0f} MB as files of torch.save"
-    )
+    print(f"\nbytes, {what}: {len(manifests)} checkpoints; {plain / 1e6:.0f} MB as files of torch.save")
     print(f"  weights and state  {grew / 1e6:7.1f} MB  {grew / plain:.3f}")
     print(f"  weights alone      {stored / 1e6:7.1f} MB  {stored / sum(weights.values()):.3f}")
 
