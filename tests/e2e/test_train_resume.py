@@ -154,6 +154,19 @@ def test_the_proof_for_ones_own_configuration(sandbox: Sandbox) -> None:
     sandbox.run("fsck")
 
 
+@pytest.mark.slow
+def test_the_proof_for_a_classifier_over_the_end_of_an_epoch(sandbox: Sandbox) -> None:
+    """160 examples are ten steps of 16: the 24 steps of the proof see each of them more than twice."""
+    lines = [json.dumps({"text": f"{n} squared is {n * n}", "label": "odd" if n % 2 else "even"}) for n in range(160)]
+    (sandbox.folder / "told.jsonl").write_text("\n".join(lines))
+    sandbox.run("shard", "told.jsonl", "told", "--task", "classify", "--tokenizer", "text")
+    asked = ["--depth", "1", "--batch", "16", "--accumulate", "4", "--ema", "0.9", "--keep-best", "loss"]
+    found = sandbox.result("train", "c", "--data", "told", *asked, "--verify-resume")
+    assert found["equal"] is True
+    assert len(found["killed_at"]) == len(found["resumed_at"]) == 2
+    assert found["resumed_at"][1] > 0
+
+
 @pytest.mark.root
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a tmpfs")
