@@ -80,9 +80,9 @@ def generate(
         found = resolve(store, ref)
         with hold(store, "generate", [found.id]):
             manifest = check_servable(store, found)
-            from llmos_cli.serve.load import load_engine
+            from llmos_cli.serve.load import load_writer
 
-            engine = load_engine(store, manifest, here.out.progress).engine
+            engine = load_writer(store, manifest, here.out.progress)
     from llmos_cli.serve.sampling import Sampling
 
     sampling = Sampling(
@@ -127,9 +127,9 @@ def _answer_file(here: Session, ref: str, requests: Path, answers: Path) -> None
         with hold(store, "generate", [found.id]), _opened(answers, "a+b") as out:
             known = _answered(out, answers, found.id.short)
             from llmos_cli.serve.batch import answer_all
-            from llmos_cli.serve.load import load_engine
+            from llmos_cli.serve.load import load_writer
 
-            engine = load_engine(store, manifest, here.out.progress).engine
+            engine = load_writer(store, manifest, here.out.progress)
 
             def write(answer: "dict[str, Json]") -> None:
                 out.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")

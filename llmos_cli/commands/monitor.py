@@ -63,21 +63,16 @@ def _watch(here: Session, title: str, looks: "Iterator[tuple[dict[str, Any], Row
             if here.json:
                 here.out.result(facts)
             else:
-                here.out.table(["", title], [list(row) for row in rows])
+                here.out.line(title)
+                for name, value in rows:
+                    here.out.line(f"  {name:13} {value}")
             if once:
                 return
             time.sleep(EVERY if here.json else CALM_EVERY)
         return
-    from rich.live import Live
-    from rich.table import Table
+    from llmos_cli.ui.live import show_in_place
 
-    with Live(refresh_per_second=4) as live:
-        for _, rows in looks:
-            table = Table("", title, box=None, pad_edge=False)
-            for name, value in rows:
-                table.add_row(name, value)
-            live.update(table)
-            time.sleep(EVERY)
+    show_in_place(([("", title), *rows] for _, rows in looks), every=EVERY)
 
 
 def _server(url: str, api_key_file: Path | None) -> "Iterator[tuple[dict[str, Any], Rows]]":

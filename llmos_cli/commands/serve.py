@@ -5,7 +5,7 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from socket import socket
 
     from llmos_cli.formats.manifest import Manifest
+    from llmos_cli.serve.engine import Engine
     from llmos_cli.serve.guard import Answered
+    from llmos_cli.serve.reader import Reader
     from llmos_cli.store.local import Store
     from llmos_cli.store.refs.resolve import Resolved
 
@@ -63,8 +65,8 @@ def serve(
 ) -> None:
     """Answer OpenAI-style requests with a model, without checking it out.
 
-    Routes: /v1/models, /v1/completions, /v1/chat/completions (both also as streams), /health, /ready, /metrics
-    (Prometheus). Sixteen texts are made at once, 64 wait, more get 503. Ctrl-C lets those that run finish, a second one
+    Routes: /v1/models, /v1/completions, /v1/chat/completions (both also as streams); of an encoder /v1/embeddings, or
+    /v1/classify and /v1/rerank; /health, /ready, /metrics (Prometheus). Sixteen texts are made at once, 64 wait, more get 503. Ctrl-C lets those that run finish, a second one
     stops at once.
 
     Examples:
@@ -115,15 +117,20 @@ def _open_log(path: Path) -> IO[str]:
 def _serve(here: Session, store: "Store", found: "Resolved", manifest: "Manifest", how: _How) -> None:
     started = time.perf_counter()
     here.out.say(f"loading {found.label} @{found.id.short}")
-    from llmos_cli.serve.app import Served, build_app
+    from llmos_cli.serve.app import build_app
+    from llmos_cli.serve.front import Served
     from llmos_cli.serve.load import load_engine
+    from llmos_cli.serve.reader import Reader, ReadingRoom
+    from llmos_cli.serve.reading_app import build_reading_app
     from llmos_cli.serve.server import HttpServer, allowed_hosts, url_of
     from llmos_cli.serve.worker import Worker
 
     seconds = {"libraries": time.perf_counter() - started}
     loaded = load_engine(store, manifest, here.out.progress, kernel=how.kernel, dtype=how.dtype)
     seconds |= loaded.seconds
-    seconds["first_tokens"] = loaded.engine.warm_up()
+    engine = loaded.engine
+    if not isinstance(engine, Reader):
+        seconds["first_tokens"] = engine.warm_up()
     url = url_of(how.bound)
     result = {
         "url": url,
@@ -132,22 +139,21 @@ def _serve(here: Session, store: "Store", found: "Resolved", manifest: "Manifest
         "kind": manifest.kind,
         "device": loaded.device,
         "context": loaded.engine.context,
-        "slots": loaded.engine.runner.slots,
+        "slots": None if isinstance(engine, Reader) else engine.runner.slots,
         "kernels": loaded.kernels,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
 
     def ready() -> None:
         spent = ", ".join(f"{name.replace('_', ' ')} {duration(value)}" for name, value in seconds.items())
-        body = json.dumps({"model": found.label, "prompt": "import ", "max_tokens": 16})
+        path, body = _example(engine, found.label)
         here.out.result(result)
         here.out.text(f"{url}\n")
         here.out.say(
-            f"serving {found.label}, {size(manifest.size)} on {loaded.device}, "
-            f"context {loaded.engine.context} tokens, {loaded.engine.runner.slots} at once; {spent}"
+            f"serving {found.label}, {size(manifest.size)} on {loaded.device}, context {engine.context} tokens; {spent}"
         )
         here.out.detail("computed with " + ", ".join(f"{name} {kind}" for name, kind in loaded.kernels.items()))
-        here.out.hint(f"curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}")
+        here.out.hint(f"curl {url}{path} -H 'Content-Type: application/json' -d {shlex.quote(body)}")
 
     def fault(text: str) -> None:
         for line in [text] if here.json else text.splitlines():
@@ -160,20 +166,35 @@ def _serve(here: Session, store: "Store", found: "Resolved", manifest: "Manifest
             line |= {"status": request.status, "seconds": round(request.seconds, 4), **request.told}
             how.log.write(json.dumps(line) + "\n")
 
-    worker = Worker(loaded.engine)
-    app = build_app(
-        worker,
-        Served(found.label, found.id, int(time.time())),
-        hosts=allowed_hosts(how.bound, how.host),
-        fault=fault,
-        key=how.key,
-        answered=answered,
-        seconds=seconds,
-        draining=lambda: server.stopping,
-    )
+    served = Served(found.label, found.id, int(time.time()))
+    shared: dict[str, Any] = {
+        "hosts": allowed_hosts(how.bound, how.host),
+        "fault": fault,
+        "key": how.key,
+        "answered": answered,
+        "draining": lambda: server.stopping,
+    }
+    worker: Worker | ReadingRoom
+    server: HttpServer
+    if isinstance(engine, Reader):
+        worker = ReadingRoom(engine)
+        app = build_reading_app(worker, served, **shared)
+    else:
+        worker = Worker(engine)
+        app = build_app(worker, served, seconds=seconds, **shared)
     server = HttpServer(app, how.bound, ready, drain_seconds=how.drain)
     worker.start()
     try:
         server.run()
     finally:
         worker.stop()
+
+
+def _example(engine: "Engine | Reader", label: str) -> tuple[str, str]:
+    """A request that can be pasted: path and body."""
+    from llmos_cli.serve.reader import Reader
+
+    if not isinstance(engine, Reader):
+        return "/v1/completions", json.dumps({"model": label, "prompt": "import ", "max_tokens": 16})
+    path = "/v1/classify" if engine.classifies else "/v1/embeddings"
+    return path, json.dumps({"model": label, "input": "a text"})

@@ -7,13 +7,16 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from llmos_cli.errors import UsageError
 from llmos_cli.formats.manifest import Manifest
 from llmos_cli.models.device import pick_device
-from llmos_cli.models.load import load_model
+from llmos_cli.models.heads import head_of
+from llmos_cli.models.load import load_config, load_model
 from llmos_cli.models.quantized import Int4Linear, Int8Linear
 from llmos_cli.models.tokenizers import load_tokenizer
 from llmos_cli.progress import Progress
 from llmos_cli.serve.engine import Engine
+from llmos_cli.serve.reader import Reader
 from llmos_cli.serve.runner.lean import LeanRunner, unfit
 from llmos_cli.serve.runner.linears import Kernels, choose
 from llmos_cli.store.local import Store
@@ -23,13 +26,23 @@ CACHE_BYTES: Final = 2 << 30  # for keys and values of all texts
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine, the manifest it came from, where it computes and how, and the seconds that each part took."""
+    """What answers, the manifest it came from, where it computes and how, and the seconds that each part took."""
 
-    engine: Engine
+    engine: Engine | Reader
     manifest: Manifest
     device: str
     kernels: dict[str, str]
     seconds: dict[str, float]
+
+
+def load_writer(store: Store, manifest: Manifest, progress: Progress) -> Engine:
+    """An engine that makes texts; raises UsageError for a model that only reads them."""
+    loaded = load_engine(store, manifest, progress)
+    if isinstance(loaded.engine, Reader):
+        raise UsageError(
+            "this model reads texts and does not write them", hint="llmos serve REF answers what it can say of texts"
+        )
+    return loaded.engine
 
 
 def load_engine(
@@ -40,6 +53,12 @@ def load_engine(
     tokenizer = load_tokenizer(store, manifest)
     clock.lap("tokenizer")
     device = pick_device()
+    head = head_of(load_config(store, manifest))
+    if head in ("classify", "masked"):
+        model = load_model(store, manifest, device=device, head=head, progress=progress)
+        reader = Reader(model, tokenizer, classifies=head == "classify")
+        clock.lap("model")
+        return Loaded(reader, manifest, str(device), {"runner": "transformers"}, clock.laps)
     model = load_model(store, manifest, device=device, progress=progress)
     clock.lap("model")
     reason = unfit(model)

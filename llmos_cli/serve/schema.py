@@ -82,22 +82,24 @@ def _one_prompt(value: Any) -> str | list[int]:
 Stops = Annotated[list[StopText], Field(max_length=STOPS), BeforeValidator(_listed)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Unknown fields are refused, and nothing is coerced."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
 
 
-class _JsonSchema(_Strict):
+class _JsonSchema(Strict):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: Annotated[str, Field(max_length=4096)] | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """OpenAI's: text, any JSON object, or an object of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -110,7 +112,7 @@ class ResponseFormat(_Strict):
         return self
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's: exactly one of these."""
 
     json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
@@ -129,7 +131,7 @@ class StructuredOutputs(_Strict):
         return {name: value for name, value in found.items() if value is not None}
 
 
-class _Request(_Strict):
+class _Request(Strict):
     model: ModelName
     n: Texts | None = None
     min_p: MinP | None = None
@@ -206,7 +208,7 @@ class CompletionRequest(_Request):
         return self._sampling(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "user", "assistant"]
     content: str
 
@@ -237,6 +239,9 @@ class ChatRequest(_Request):
         return self._sampling(length, (self.top_logprobs or 0) if self.logprobs else None)
 
 
+_Model = TypeVar("_Model", bound=Strict)
+
+
 def read_completion(body: Any) -> CompletionRequest:
     """Check the body of a completion request; raises Refused, naming the field."""
     return _validated(CompletionRequest, _without_neutral(_table(body), NEUTRAL_COMPLETION))
@@ -252,6 +257,11 @@ def read_chat(body: Any) -> ChatRequest:
             for index, message in enumerate(messages)
         ]
     return _validated(ChatRequest, table)
+
+
+def read_body(model: type[_Model], body: Any) -> _Model:
+    """Check the body of a request of another kind; raises Refused, naming the field."""
+    return _validated(model, _table(body))
 
 
 def _table(body: Any) -> dict[str, Any]:
@@ -274,9 +284,6 @@ def _without_neutral(
 
 def _same(value: Any, allowed: Any) -> bool:
     return bool(value == allowed) and isinstance(value, bool) == isinstance(allowed, bool)
-
-
-_Model = TypeVar("_Model", bound=_Request)
 
 
 def _validated(model: type[_Model], body: dict[str, Any]) -> _Model:

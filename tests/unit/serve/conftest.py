@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmos_cli.formats.ids import object_id
-from llmos_cli.serve.app import Served
 from llmos_cli.serve.background import serving
 from llmos_cli.serve.engine import Engine
+from llmos_cli.serve.front import Served
 from llmos_cli.serve.runner.lean import LeanRunner
 from llmos_cli.serve.runner.linears import Kernels
 from llmos_cli.serve.sequence import Piece

@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from llmos_cli.formats.ids import object_id
-from llmos_cli.serve.app import Served
 from llmos_cli.serve.background import serving
 from llmos_cli.serve.engine import Engine
+from llmos_cli.serve.front import Served
 from llmos_cli.serve.sampling import Sampling
 from llmos_cli.serve.sequence import Piece
 

@@ -8,9 +8,9 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmos_cli.formats.ids import object_id
-from llmos_cli.serve.app import Served
 from llmos_cli.serve.background import serving
 from llmos_cli.serve.engine import Engine
+from llmos_cli.serve.front import Served
 
 COMPLETION = {"model": "tiny", "prompt": "the fox", "max_tokens": 8, "seed": 1}
 
