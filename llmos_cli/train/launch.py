@@ -281,7 +281,7 @@ def _be(root: Path, safe: str, plan: Plan, rank: "Rank", pipe: Connection) -> No
             )
         ended = _Ended(trained)
     except LlmosError as exc:
-        ended = _Ended(error=_plain(exc))
+        ended = _Ended(error=plain(exc))
     except MemoryError:
         ended = _Ended(error=LlmosError("there is not enough memory for this", hint="see: llmos train ... --plan"))
     except Exception as exc:  # noqa: BLE001 - said to the parent, which knows whether another rank was the cause
@@ -323,7 +323,7 @@ class _ToldTask:
         self._told.say("note", self._number, text)
 
 
-def _plain(error: LlmosError) -> LlmosError:
+def plain(error: LlmosError) -> LlmosError:
     """An error that can travel, of the nearest kind that takes a message and a hint."""
     kind = next(base for base in type(error).__mro__ if base.__module__ == LlmosError.__module__)
     plain: LlmosError = kind(error.message, hint=error.hint)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from llmos_cli.data.layout import check_split
-from llmos_cli.errors import LlmosError
 from llmos_cli.formats.ids import ObjectId
 from llmos_cli.progress import Silent
 from llmos_cli.store.local import Store
@@ -30,23 +29,15 @@ class Objective:
         from llmos_cli.models.device import pick_device
         from llmos_cli.models.load import load_model
         from llmos_cli.models.quiet import quiet
+        from llmos_cli.train.scoring import score
         from llmos_cli.train.tasks.opened import head_for, open_task, task_of
-        from llmos_cli.train.tasks.work import summed_loss
 
         data, manifest = read_manifest(store, self.data), read_manifest(store, model)
         head = head_for(task_of(data), load_config(store, manifest))
-        with quiet(), torch.random.fork_rng(), torch.inference_mode():
+        with quiet(), torch.random.fork_rng():
             loaded = load_model(store, manifest, device=pick_device(), head=head)
             task = open_task(store, data, loaded, seed=0, split=check_split(data, self.split), progress=Silent())
             count = min(task.count, MOST_ROWS)
             chosen = np.arange(count, dtype=np.int64) * task.count // max(1, count)
             size = max(1, _MOST_TOKENS // task.longest)
-            total, counted = 0.0, 0
-            for first in range(0, count, size):
-                work = task.work(first, chosen[first : first + size])
-                ((inputs, targets),) = work.parts(1, loaded.device)
-                total += summed_loss(loaded(**inputs, **work.options).logits, targets).item()
-                counted += work.counted
-        if not counted:
-            raise LlmosError(f"the {self.split} split of @{self.data.short} has nothing to score")
-        return total / counted
+            return score(task, loaded, loaded.device, batch=size, indices=chosen)["loss"]

@@ -26,7 +26,6 @@ from llmos_cli.train.config import Options, resolve
 Value = str | int | float | bool
 
 _SPAN_KEYS: Final = ("low", "high", "log", "step")
-_UNSEARCHED: Final = ("config",)  # a table
 _OF_A_RUN: Final = ("data", "model", "save_every")
 
 
@@ -125,9 +124,9 @@ def parse_search(text: str, where: str) -> Search:
     search, fixed = (_section(table, name, where) for name in ("search", "train"))
     if not search:
         raise UsageError(f"{where} has nothing to search", hint="add a table: [search] lr = {low = 1e-4, high = 1e-2}")
-    names = [field.name for field in fields(Options)]
-    _known(search, [name for name in names if name not in _UNSEARCHED], f"{where} [search]")
-    _known(fixed, [*(name for name in names if name not in _UNSEARCHED), *_OF_A_RUN], f"{where} [train]")
+    names = [field.name for field in fields(Options) if _kinds(field.name)]  # numbers, words and switches
+    _known(search, names, f"{where} [search]")
+    _known(fixed, [*names, *_OF_A_RUN], f"{where} [train]")
     for name in search:
         if name in fixed:
             raise UsageError(f"{where}: {name!r} is both searched and fixed", hint="leave it in one of the tables")

@@ -372,7 +372,7 @@ def _objective(store: Store, asked: Asked, data: ObjectId, manifest: Manifest, l
 
 def _refuse_other_kind(store: Store, target: RefName) -> None:
     entry = read_ref(store, target)
-    if entry is not None and (kind := read_manifest(store, entry.id).kind) != "model":
+    if entry is not None and (kind := read_manifest(store, entry.id).kind) not in ("model", "adapter"):
         raise UsageError(f"{target} is a {kind}, not a model", hint="choose another name for the search")
 
 

@@ -5,12 +5,9 @@ since the last checkpoint. A worker whose parent is gone has nobody to train for
 """
 
 import os
-import signal
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.progress import Silent
 from llmos_cli.store.local import Store, open_store
 from llmos_cli.train.config import Options
+from llmos_cli.train.launch import follow_parent, plain
 from llmos_cli.train.plan import Plan, hold_run, make_plan
 from llmos_cli.train.tune.objective import Objective
 
@@ -83,7 +81,7 @@ class _Prune(Exception):
 def work(root: Path, safe: str, slot: int, jobs: int, pipe: Connection) -> None:
     """Train what comes until None does: the whole life of a worker process, the `slot`-th of `jobs`."""
     os.setpgid(0, 0)  # Ctrl-C is the parent's: it asks all workers to stop, once
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    follow_parent()
     import torch
 
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
@@ -111,7 +109,8 @@ def _trained(store: Store, job: Job, pipe: Connection) -> Message:
     except Interrupted:
         raise
     except LlmosError as exc:
-        return Failed(job.number, _plain(exc), fatal=not isinstance(exc, UsageError))
+        # What is wrong with this trial is another's chance; what is wrong with the store is nobody's.
+        return Failed(job.number, plain(exc), fatal=type(exc) not in (LlmosError, UsageError))
     except MemoryError:
         return Failed(job.number, LlmosError("there is not enough memory for it"), fatal=False)
 
@@ -162,15 +161,3 @@ class _Warnings(Silent):
 
     def warn(self, message: str) -> None:
         self._pipe.send(Warned(message))
-
-
-def _plain(error: LlmosError) -> LlmosError:
-    """An error that can travel: without what hangs on it."""
-    return type(error)(error.message, hint=error.hint)
-
-
-def _follow_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)

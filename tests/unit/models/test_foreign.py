@@ -10,10 +10,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from llmos_cli.export.keras import keras_file
 from transformers import BertConfig, BertForPreTraining
 
 from llmos_cli.errors import Damaged, LlmosError, NotFound, UsageError
+from llmos_cli.export.keras import keras_file
 from llmos_cli.formats.names import parse_ref
 from llmos_cli.formats.tfbundle import MAGIC, read_bundle
 from llmos_cli.models.foreign.bert import canonical_names, from_torch, to_torch
