@@ -66,8 +66,8 @@ def serve(
     """Answer OpenAI-style requests with a model, without checking it out.
 
     Routes: /v1/models, /v1/completions, /v1/chat/completions (both also as streams); of an encoder /v1/embeddings, or
-    /v1/classify and /v1/rerank; /health, /ready, /metrics (Prometheus). Sixteen texts are made at once, 64 wait, more get 503. Ctrl-C lets those that run finish, a second one
-    stops at once.
+    /v1/classify and /v1/rerank; /health, /ready, /metrics (Prometheus). Sixteen texts are made at once, 64 wait, more
+    get 503. Ctrl-C lets those that run finish, a second one stops at once.
 
     Examples:
       llmos serve tiny

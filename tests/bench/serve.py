@@ -3,8 +3,8 @@
 python -m tests.bench.serve [--dir DIR] [--only NAME,...] [--rounds 2] [--clients 1,16]
 
 The model has the shape of SmolLM-135M and random weights: speed only. A prompt is 64 tokens, an answer 64 more,
-greedy, not streamed, over HTTP on the loopback; clients share the cores with the server. Servers answer in turns, each a
-process of its own. llama.cpp is the wheel xllamacpp: its own HTTP server, with as many slots as there are clients.
+greedy, not streamed, over HTTP on the loopback; clients share the cores with the server. Servers answer in turns, each
+a process of its own. llama.cpp is the wheel xllamacpp: its own HTTP server, with as many slots as there are clients.
 """
 
 import argparse
@@ -51,7 +51,7 @@ LLAMA = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.n_parallel, params.cont_batching = sys.argv[1], int(sys.argv[2]), True
-params.n_ctx, params.hostname, params.port = 256 * int(sys.argv[2]), "127.0.0.1", 0
+params.n_ctx, params.port = 256 * int(sys.argv[2]), 0
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[3])
 server = xllamacpp.Server(params)
 print(server.listening_address, flush=True)
