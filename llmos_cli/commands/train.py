@@ -14,11 +14,11 @@ from llmos_cli.ui.text import count, duration, size
 if TYPE_CHECKING:
     from llmos_cli.formats.canonical import Json
     from llmos_cli.store.local import Store
+    from llmos_cli.train.checkpoints.saver import Saved
+    from llmos_cli.train.checkpoints.verify import Asked
     from llmos_cli.train.plan import Plan
     from llmos_cli.train.result import Trained
     from llmos_cli.train.run import Started
-    from llmos_cli.train.saver import Saved
-    from llmos_cli.train.verify import Asked
     from llmos_cli.ui.output import Output
 
 
@@ -205,12 +205,12 @@ def train(
       llmos train moods --data reviews --model body --eval-every 100 --ema 0.99
       llmos train small --data notes --model tiny --lora 8 --lr 1e-3
     """
+    from llmos_cli.train.checkpoints.verify import Asked
     from llmos_cli.train.config import Options, Retention, parse_allowed, parse_model_config, parse_spans
-    from llmos_cli.train.launch import Launch, check_launch, ignored_config, launch_run
     from llmos_cli.train.method import parse_targets
+    from llmos_cli.train.parallel.launch import Launch, check_launch, ignored_config, launch_run
     from llmos_cli.train.plan import hold_run, make_plan
     from llmos_cli.train.result import publish_model, use_made
-    from llmos_cli.train.verify import Asked
 
     here = session(ctx)
     options = Options(
@@ -258,7 +258,7 @@ def train(
         for note in (*plan.notes, *ignored_config(here.home)):
             here.out.say(note)
         if show_plan:
-            from llmos_cli.train.resources import find_resources, foresee
+            from llmos_cli.train.parallel.resources import find_resources, foresee
             from llmos_cli.ui.prospect import prospect_json, show_prospect
 
             found = foresee(store, plan, find_resources(store))
@@ -312,7 +312,7 @@ def _bring(here: Session, store: "Store", name: str, source: str, model: str | N
 
 
 def _verify(here: Session, store: "Store", plan: "Plan", asked: "Asked") -> None:
-    from llmos_cli.train.verify import verify
+    from llmos_cli.train.checkpoints.verify import verify
 
     found = verify(store, plan, asked, safe=here.safe_stores, progress=here.out.progress)
     here.out.result(

@@ -101,11 +101,11 @@ def _measure(
     from llmos_cli.models.heads import head_of, model_class
     from llmos_cli.models.load import load_model
     from llmos_cli.models.quiet import quiet
+    from llmos_cli.train.checkpoints.writing import write_and_compare
     from llmos_cli.train.scoring import score
     from llmos_cli.train.tasks.labelled import LabelledTask
     from llmos_cli.train.tasks.opened import head_for, open_task, task_of
     from llmos_cli.train.tasks.translated import TranslatedTask
-    from llmos_cli.train.writing import write_and_compare
 
     config, device = load_config(store, manifest), pick_device()
     name = task_of(data)

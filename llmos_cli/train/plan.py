@@ -38,8 +38,8 @@ from llmos_cli.train.config import (
 )
 from llmos_cli.train.config import resolve as resolve_config
 from llmos_cli.train.inputs import check_dataset, check_parent, check_sizes, tokenizer_file
+from llmos_cli.train.log.trackers import check_tracker
 from llmos_cli.train.origin import CHECKPOINT_TAG, Checkpoint, find_checkpoint, read_checkpoint
-from llmos_cli.train.trackers import check_tracker
 
 BEST_TAG: Final = "best"
 STEP_TAG: Final = "step-"

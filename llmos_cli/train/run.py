@@ -22,18 +22,18 @@ from llmos_cli.store.packs.objects import read_file
 from llmos_cli.train.average import Average, average_of
 from llmos_cli.train.build import build, prepare_model
 from llmos_cli.train.causal import check_causal
-from llmos_cli.train.checkpoint import POSITION, Position, decode_position, restore
+from llmos_cli.train.checkpoints.checkpoint import POSITION, Position, decode_position, restore
+from llmos_cli.train.checkpoints.saver import Saved, Saver
+from llmos_cli.train.checkpoints.signals import stop_flag
 from llmos_cli.train.device import describe, is_slow, open_accelerator
 from llmos_cli.train.inputs import row_bytes
+from llmos_cli.train.log.reporting import open_reporter
 from llmos_cli.train.loop import Diverged, StepDone, run_steps, settle
 from llmos_cli.train.optimizer import build_optimizer
+from llmos_cli.train.parallel.ranks import ALONE, Rank, agree, any_of, heard_from_first, joined
 from llmos_cli.train.plan import STATE_FOLDER, Plan
-from llmos_cli.train.ranks import ALONE, Rank, agree, any_of, heard_from_first, joined
-from llmos_cli.train.reporting import open_reporter
 from llmos_cli.train.result import Trained, publish_model
-from llmos_cli.train.saver import Saved, Saver
 from llmos_cli.train.scoring import score
-from llmos_cli.train.signals import stop_flag
 from llmos_cli.train.tasks.opened import head_for, open_task, reading_ahead, task_of
 
 

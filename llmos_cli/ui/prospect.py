@@ -6,8 +6,8 @@ from llmos_cli.ui.text import count, plural, size
 
 if TYPE_CHECKING:
     from llmos_cli.formats.canonical import Json
+    from llmos_cli.train.parallel.resources import Layout, Prospect
     from llmos_cli.train.plan import Plan
-    from llmos_cli.train.resources import Layout, Prospect
     from llmos_cli.ui.output import Output
 
 

@@ -37,10 +37,10 @@ from llmos_cli.progress import Silent
 from llmos_cli.store.local import Store, init_store, open_store
 from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.refs import ref_history
+from llmos_cli.train.checkpoints.saver import Saved
 from llmos_cli.train.config import Options
 from llmos_cli.train.plan import Plan, make_plan
 from llmos_cli.train.run import run
-from llmos_cli.train.saver import Saved
 from tests.bench.measure import print_machine
 
 SEQ, VOCAB, EVERY = 64, 512, 20

@@ -23,7 +23,7 @@ from llmos_cli.models.config import llama_config
 from llmos_cli.models.load import new_model
 from llmos_cli.train.device import open_accelerator
 from llmos_cli.train.loop import accumulate_gradients, settle
-from llmos_cli.train.ranks import Rank, agree, any_of, joined
+from llmos_cli.train.parallel.ranks import Rank, agree, any_of, joined
 from llmos_cli.train.optimizer import build_optimizer
 from llmos_cli.train.tasks.language import next_tokens
 

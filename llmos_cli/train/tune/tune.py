@@ -29,9 +29,9 @@ from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.point import point
 from llmos_cli.store.refs.refs import read_ref
 from llmos_cli.store.refs.resolve import resolve
+from llmos_cli.train.checkpoints.signals import stop_flag
 from llmos_cli.train.config import resolve as resolve_config
 from llmos_cli.train.inputs import check_dataset, check_parent
-from llmos_cli.train.signals import stop_flag
 from llmos_cli.train.tune.objective import Objective
 from llmos_cli.train.tune.space import Search
 from llmos_cli.train.tune.study import Study, Trial

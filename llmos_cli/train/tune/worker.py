@@ -16,7 +16,7 @@ from llmos_cli.formats.ids import ObjectId
 from llmos_cli.progress import Silent
 from llmos_cli.store.local import Store, open_store
 from llmos_cli.train.config import Options
-from llmos_cli.train.launch import follow_parent, plain
+from llmos_cli.train.parallel.launch import follow_parent, plain
 from llmos_cli.train.plan import Plan, hold_run, make_plan
 from llmos_cli.train.tune.objective import Objective
 
@@ -116,9 +116,9 @@ def _trained(store: Store, job: Job, pipe: Connection) -> Message:
 
 
 def _train(store: Store, job: Job, pipe: Connection) -> Done:
+    from llmos_cli.train.checkpoints.saver import Saved
     from llmos_cli.train.result import publish_model, use_made
     from llmos_cli.train.run import run
-    from llmos_cli.train.saver import Saved
 
     def saved(event: Saved) -> None:
         if event.step >= plan.config.steps:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmos_cli.models.packed import keeps_apart
-from llmos_cli.train.checkpoint import capture, restore
+from llmos_cli.train.checkpoints.checkpoint import capture, restore
 from llmos_cli.train.config import TrainConfig
 from llmos_cli.train.device import open_accelerator
 from llmos_cli.train.loop import Diverged, StepDone, accumulate_gradients, run_steps

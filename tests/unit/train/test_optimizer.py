@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmos_cli.errors import UsageError
 from llmos_cli.train.average import average_of
-from llmos_cli.train.checkpoint import capture, restore
+from llmos_cli.train.checkpoints.checkpoint import capture, restore
 from llmos_cli.train.config import TrainConfig
 from llmos_cli.train.device import open_accelerator
 from llmos_cli.train.loop import StepDone, run_steps

@@ -21,13 +21,13 @@ from llmos_cli.store.local import Store, open_store
 from llmos_cli.store.packs.objects import read_file, read_manifest
 from llmos_cli.store.refs.refs import read_ref, ref_history
 from llmos_cli.store.transaction import begin
+from llmos_cli.train.checkpoints.saver import Saved, Saver
 from llmos_cli.train.config import Options
 from llmos_cli.train.loop import Diverged
 from llmos_cli.train.origin import read_checkpoint
 from llmos_cli.train.plan import Plan, make_plan
 from llmos_cli.train.result import Trained, publish_model, use_made
 from llmos_cli.train.run import Started, run
-from llmos_cli.train.saver import Saved, Saver
 
 STEPS = 6
 LLAMA = {

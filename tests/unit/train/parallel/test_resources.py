@@ -10,8 +10,17 @@ from llmos_cli.models.load import new_model
 from llmos_cli.progress import Silent
 from llmos_cli.store.local import init_store, open_store
 from llmos_cli.train.config import Options
+from llmos_cli.train.parallel.resources import (
+    Device,
+    Resources,
+    Shape,
+    _shape,
+    estimate,
+    find_resources,
+    foresee,
+    shape_of,
+)
 from llmos_cli.train.plan import make_plan
-from llmos_cli.train.resources import Device, Resources, Shape, _shape, estimate, find_resources, foresee, shape_of
 
 SHAPE = Shape(parameters=10_000_000, hidden=512, inner=1408, layers=8, vocab=32_000)
 GPT2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 32}

@@ -27,13 +27,13 @@ from llmos_cli.store.intake.bases import Base, open_base
 from llmos_cli.store.local import Store
 from llmos_cli.store.transaction import Commit, begin
 from llmos_cli.train.average import Average
-from llmos_cli.train.checkpoint import POSITION, TENSORS, Position, capture, encode_position
+from llmos_cli.train.checkpoints.checkpoint import POSITION, TENSORS, Position, capture, encode_position
+from llmos_cli.train.checkpoints.retention import keep_by_role
+from llmos_cli.train.checkpoints.staging import Staging
 from llmos_cli.train.form import Form
 from llmos_cli.train.loop import StepDone
 from llmos_cli.train.origin import checkpoint_recipe
 from llmos_cli.train.plan import Plan, tokenizer_source
-from llmos_cli.train.retention import keep_by_role
-from llmos_cli.train.staging import Staging
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from llmos_cli.errors import Interrupted, UsageError
 from llmos_cli.progress import Silent
 from llmos_cli.store.local import Store
-from llmos_cli.train import trackers
 from llmos_cli.train.config import Options, Retention
-from llmos_cli.train.peaks import peak_flops, peak_of
+from llmos_cli.train.log import trackers
+from llmos_cli.train.log.peaks import peak_flops, peak_of
 from llmos_cli.train.plan import make_plan
 from llmos_cli.train.result import Trained
 from llmos_cli.train.run import run

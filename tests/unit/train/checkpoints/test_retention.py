@@ -16,7 +16,7 @@ from llmos_cli.store.packs.objects import read_manifest
 from llmos_cli.store.refs.point import point
 from llmos_cli.store.refs.refs import ref_history, ref_names
 from llmos_cli.store.refs.resolve import resolve
-from llmos_cli.train import retention
+from llmos_cli.train.checkpoints import retention
 from llmos_cli.train.config import Options, Retention
 from llmos_cli.train.plan import make_plan
 from llmos_cli.train.result import Trained
@@ -91,7 +91,7 @@ def test_the_best_is_the_one_with_the_least_loss_since_the_checkpoint_before(
         seen[step] = metric
         keep(store, plan, step, manifest, metric)
 
-    monkeypatch.setattr("llmos_cli.train.saver.keep_by_role", note)
+    monkeypatch.setattr("llmos_cli.train.checkpoints.saver.keep_by_role", note)
     train(store, dataclasses.replace(OPTIONS, steps=24, lr=0.3, warmup=12), keep=Retention(best="loss"))
     model = read_manifest(store, resolve(store, "a:best").id)
     least = min(seen, key=lambda step: seen[step])

@@ -24,12 +24,12 @@ import torch
 
 from llmos_cli.progress import Progress
 from llmos_cli.store.local import Store
+from llmos_cli.train.checkpoints.saver import Saved
+from llmos_cli.train.log.metrics import RunLog
+from llmos_cli.train.log.peaks import peak_flops
+from llmos_cli.train.log.trackers import Tracker, open_tracker
 from llmos_cli.train.loop import StepDone
-from llmos_cli.train.metrics import RunLog
-from llmos_cli.train.peaks import peak_flops
 from llmos_cli.train.plan import Plan
-from llmos_cli.train.saver import Saved
-from llmos_cli.train.trackers import Tracker, open_tracker
 
 _SMOOTHING: Final = 0.9  # of the rate shown while training
 _FLOPS: Final = 6  # a parameter and token: two forward, four backward

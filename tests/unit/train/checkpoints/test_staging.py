@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmos_cli.train.staging import Staging
+from llmos_cli.train.checkpoints.staging import Staging
 
 
 def trained() -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any, Final
 from llmos_cli.errors import Interrupted, LlmosError, UsageError
 from llmos_cli.progress import Progress, Task
 from llmos_cli.store.local import Store, open_store
+from llmos_cli.train.checkpoints.signals import StopFlag, stop_flag
 from llmos_cli.train.plan import Plan
 from llmos_cli.train.result import Trained
-from llmos_cli.train.signals import StopFlag, stop_flag
 
 if TYPE_CHECKING:
-    from llmos_cli.train.ranks import Rank
+    from llmos_cli.train.checkpoints.saver import Saved
+    from llmos_cli.train.parallel.ranks import Rank
     from llmos_cli.train.run import Started
-    from llmos_cli.train.saver import Saved
 
 PARALLEL: Final = ("ddp",)
 MOST_RANKS: Final = 1024
@@ -236,7 +236,7 @@ def _meeting(launch: Launch) -> Iterator[str]:
 @contextmanager
 def _processes(store: Store, plan: Plan, launch: Launch, meeting: str, safe: str) -> Iterator[list[_Process]]:
     """The ranks of this machine, all of them gone in the end."""
-    from llmos_cli.train.ranks import Rank
+    from llmos_cli.train.parallel.ranks import Rank
 
     context = multiprocessing.get_context("spawn")
     found: list[_Process] = []

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llmos_cli.errors import UsageError
-from llmos_cli.train.launch import Launch, check_launch, ignored_config
+from llmos_cli.train.parallel.launch import Launch, check_launch, ignored_config
 from llmos_cli.train.tasks.language import next_tokens
 
 

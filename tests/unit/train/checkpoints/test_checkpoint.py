@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llmos_cli.errors import Damaged
-from llmos_cli.train.checkpoint import Position, capture, decode_position, encode_position, restore
+from llmos_cli.train.checkpoints.checkpoint import Position, capture, decode_position, encode_position, restore
 from llmos_cli.train.optimizer import build_optimizer
 
 

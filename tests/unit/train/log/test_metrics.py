@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 from llmos_cli.progress import Silent
-from llmos_cli.train.metrics import RunLog
+from llmos_cli.train.log.metrics import RunLog
 
 
 def steps(path: Path) -> list[int]:

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from llmos_cli.train.signals import stop_flag
+from llmos_cli.train.checkpoints.signals import stop_flag
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
