@@ -1,9 +1,10 @@
 """The keys and values of all slots: one tensor a layer for each, grown as texts come and grow, within a budget.
 
-Rows of a slot lie one after the other ([slots, length, heads, width]), so that a step writes with one copy and
-attention reads views.
+Of each head of a slot the tokens lie one after the other ([slots, heads, length, width]), so that attention reads
+them in order, all slots in one call.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -25,11 +26,11 @@ class SlotCache:
         context: int,
         budget: int,
     ) -> None:
-        self._shape, self._dtype, self._device = (heads, width), dtype, device
+        self._heads, self._width, self._dtype, self._device = heads, width, dtype, device
         self._context, self._budget = context, budget
         self.token_bytes = 2 * layers * heads * width * dtype.itemsize
         self.slots = self.capacity = 0
-        empty = torch.empty((0, 0, heads, width), dtype=dtype, device=device)
+        empty = torch.empty((0, heads, 0, width), dtype=dtype, device=device)
         self.keys, self.values = [empty] * layers, [empty] * layers
 
     def fits(self, slots: int, length: int) -> bool:
@@ -51,20 +52,26 @@ class SlotCache:
             capacity = min(self._context, -(-max(length, capacity * 5 // 4) // _STEP) * _STEP)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                new = torch.zeros((slots, capacity, *self._shape), dtype=self._dtype, device=self._device)
-                new[: self.slots, : self.capacity] = old
+                shape = (slots, self._heads, capacity, self._width)
+                new = torch.zeros(shape, dtype=self._dtype, device=self._device)
+                new[: self.slots, :, : self.capacity] = old
                 tensors[layer] = new
         self.slots, self.capacity = slots, capacity
 
+    def places(self, slots: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """Where the rows of tokens lie in `keys[layer].view(-1, width)`: those of all heads for each token."""
+        heads = torch.tensor(slots).unsqueeze(1) * self._heads + torch.arange(self._heads)
+        return (heads * self.capacity + torch.tensor(positions).unsqueeze(1)).view(-1).to(self._device)
+
     def take(self, slot: int, start: int, end: int) -> torch.Tensor:
-        """A copy, [2, layers, tokens, heads, width]."""
+        """A copy, [2, layers, heads, tokens, width]."""
         return torch.stack(
-            [torch.stack([tensor[slot, start:end] for tensor in tensors]) for tensors in (self.keys, self.values)]
+            [torch.stack([tensor[slot, :, start:end] for tensor in tensors]) for tensors in (self.keys, self.values)]
         )
 
     def put(self, slot: int, start: int, block: torch.Tensor) -> None:
-        end = start + block.shape[2]
+        end = start + block.shape[3]
         self.provide(slot + 1, end)
         for tensors, parts in zip((self.keys, self.values), block, strict=True):
             for tensor, part in zip(tensors, parts, strict=True):
-                tensor[slot, start:end] = part
+                tensor[slot, :, start:end] = part

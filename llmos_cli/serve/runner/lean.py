@@ -109,10 +109,8 @@ class LeanRunner:
     def _hidden(self, spans: Sequence[Span], rows: "_Rows | None", parts: Sequence[Span]) -> torch.Tensor:
         ids = torch.tensor([token for span in spans for token in span.tokens], device=self._device)
         positions = torch.tensor([p for span in spans for p in range(span.start, span.end)], device=self._device)
-        capacity = self.cache.capacity
-        flat = torch.tensor(
-            [span.slot * capacity + p for span in spans for p in range(span.start, span.end)], device=self._device
-        )
+        slots = [span.slot for span in spans for _ in span.tokens]
+        places = self.cache.places(slots, positions.tolist())
         hidden: torch.Tensor = self._embed(ids).to(self._dtype)
         cos, sin = self._rotary(hidden.unsqueeze(0), positions.unsqueeze(0))
         cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
@@ -127,8 +125,8 @@ class LeanRunner:
                 qk = torch.cat((layer.q_norm(qk[:, :heads]), layer.k_norm(qk[:, heads:])), dim=1)
             # x cos + rotate_half(x) sin, the sign of the half in the sine
             qk = qk * cos + torch.cat((qk[..., half:], qk[..., :half]), dim=-1) * turned
-            keys.view(-1, groups, width).index_copy_(0, flat, qk[:, heads:])
-            values.view(-1, groups, width).index_copy_(0, flat, qkv[:, heads + groups :])
+            keys.view(-1, width).index_copy_(0, places, qk[:, heads:].reshape(-1, width))
+            values.view(-1, width).index_copy_(0, places, qkv[:, heads + groups :].reshape(-1, width))
             seen = self._attend(qk[:, :heads], keys, values, rows, parts, masks)
             hidden = hidden + layer.out(seen.reshape(number, heads * width))
             gate, up = layer.gate_up(layer.between(hidden)).chunk(2, dim=-1)
@@ -154,7 +152,7 @@ class LeanRunner:
             q = queries[:at].reshape(at, groups, shared, width)
             if rows.spread:
                 q = q.new_zeros((rows.number, groups, shared, width)).index_copy_(0, rows.index, q)
-            k, v = (t[: rows.number, : rows.length].transpose(1, 2) for t in (keys, values))
+            k, v = (t[: rows.number, :, : rows.length] for t in (keys, values))
             seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=rows.mask, scale=self._scale)
             if rows.spread:
                 seen = seen[rows.index]
@@ -162,7 +160,7 @@ class LeanRunner:
         for span, mask in zip(parts, masks, strict=True):
             size = len(span.tokens)
             q = queries[at : at + size].view(size, groups, shared, width).permute(1, 2, 0, 3)
-            k, v = (t[span.slot, : span.end].transpose(0, 1).unsqueeze(0) for t in (keys, values))
+            k, v = (t[span.slot : span.slot + 1, :, : span.end] for t in (keys, values))
             seen = functional.scaled_dot_product_attention(
                 q.reshape(1, groups, shared * size, width), k, v, attn_mask=mask, scale=self._scale
             )
