@@ -81,7 +81,7 @@ def test_every_command_with_a_malformed_name(llmos: Llmos, store: Path, verb: st
     for name in ("no/slash", "..", "a:b:c", "name:", "@xyz", "na\x1b[31mme"):
         ran = llmos(verb, *(name if word == "nots" else word for word in CALLS[verb]))
         folder = verb == "shard" and name in ("no/slash", "..")  # a tokenizer may be one, and this one is not there
-        remote = verb in LOOKS and name == "no/slash"  # there may be a remote "no", and this one has none
+        remote = verb in {*LOOKS, "train"} and name == "no/slash"  # there may be a remote "no", and this one has none
         assert ran.code == (10 if folder or remote else 2), (name, ran.err)
         assert ran.out == ""
         assert ran.err.startswith("error: ")

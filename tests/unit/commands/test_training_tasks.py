@@ -40,9 +40,9 @@ def test_a_classifier_and_an_adapter(llmos: Llmos, moods: None) -> None:
     assert 0 < ran.json["changed"] < ran.json["tensors"]
     for ref in ("small", "whole"):
         assert llmos("eval", ref, "--data", "moods", "--json").json["accuracy"] > 0.5
-    ran = llmos("serve", "judge", "--port", "0", "--json")
-    assert ran.code == 1
-    assert "it does not write on" in ran.error["message"]
+    ran = llmos("generate", "judge", "the soup", "--json")
+    assert ran.code == 2
+    assert "does not write" in ran.error["message"]
 
 
 def test_what_does_not_fit_is_said_before_training(llmos: Llmos, moods: None) -> None:
